@@ -1,0 +1,319 @@
+"""The cascade as a program meets it: load, sample, stream.
+
+B batch, N pictures, H W pixels, h w pixels of the stage before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from diff_dalle.cascade.drawing import Drawing, OnStep
+from diff_dalle.cascade.plan import Plan, make_plan
+from diff_dalle.cascade.stages import Stage, load_stages
+from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import AUTO
+from diff_dalle.loading import LoadedClassifier, LoadedGenerator
+from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.sampling_io.previews import iterate
+from diff_dalle.sampling_io.store import Pictures
+from diff_dalle.training.precision import Precision, PrecisionConfig
+from diff_dalle.training.stage import to_uint8
+
+PerStage = str | float | Sequence[str | float]
+"""One value for all stages, or one a stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeResult:
+    """Pictures of N prompts.
+
+    Attributes:
+        stages: uint8 [N,H,W,3] for each stage, smallest first.
+        candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
+    """
+
+    stages: list[Pictures]
+    candidates: list[int]
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures of the last stage."""
+        return [Image.fromarray(picture) for picture in self.stages[-1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What the pictures look like on the way.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        step: steps done in it, from 1; after the last one the images are the stage's result.
+        steps: steps that the stage takes.
+        images: one picture a prompt, the current estimate of x_0.
+    """
+
+    stage: int
+    step: int
+    steps: int
+    images: list[Image.Image]
+
+
+class Cascade:
+    """Generators that enlarge each other's pictures, each perhaps guided by a noised CLIP.
+
+    Attributes:
+        stages: from the smallest picture to the largest.
+        device: where they are.
+        precision: what the generators compute in, after ``auto``; CLIPs compute in fp32.
+        notes: lines to tell the user about what was decided for them.
+    """
+
+    def __init__(self, stages: Sequence[Stage], device: torch.device, precision: str) -> None:
+        self.stages = list(stages)
+        self.device = device
+        # fp16 is emulated on a CPU, and few CPUs are faster in bf16.
+        on_cpu = device.type == "cpu"
+        self._precision = Precision(
+            PrecisionConfig(precision="fp32" if on_cpu else precision), device
+        )
+        self.precision = self._precision.name
+        self.notes: list[str] = []
+        if on_cpu and precision not in (AUTO, "fp32"):
+            self.notes.append(f"sampling in fp32: a CPU is slower in {precision}")
+
+    @classmethod
+    def load(
+        cls,
+        paths: str | Sequence[str],
+        classifier: str | Sequence[str] | None = None,
+        device: str | torch.device = AUTO,
+        precision: str = AUTO,
+    ) -> Cascade:
+        """A cascade from checkpoints; no argument repeats what they were trained with.
+
+        Args:
+            paths: checkpoints from the smallest picture to the largest, or a folder of them.
+            classifier: noised CLIPs, one a stage (``"none"`` for no CLIP), or one for the stage
+                of its own size, or a folder of them.
+            device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``.
+            precision: ``fp32``, ``fp16``, ``bf16`` or ``auto``; a CPU samples in fp32.
+        Raises:
+            UsageError: a path that is no checkpoint or of the wrong kind, stages out of order,
+                or sizes that do not fit.
+        """
+        if device == AUTO:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(device)
+        stages = load_stages(_listed(paths), _listed(classifier or []), device)
+        return cls(stages, device, precision)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Picture sizes of the stages in pixels."""
+        return [stage.image_size for stage in self.stages]
+
+    @property
+    def models(self) -> list[LoadedGenerator | LoadedClassifier]:
+        """All generators, then all CLIPs."""
+        guides = [stage.guide.loaded for stage in self.stages if stage.guide is not None]
+        return [*(stage.loaded for stage in self.stages), *guides]
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether any generator or CLIP reads the prompt."""
+        return any(stage.reads_text or stage.guide for stage in self.stages)
+
+    def sample(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        guidance_scale: PerStage = 1.0,
+        classifier_scale: PerStage = 1.0,
+        steps: PerStage = AUTO,
+        use_ddim: bool = False,
+        ddim_eta: float = 0.0,
+        clip_denoised: bool = True,
+        aug_level: PerStage = 0.0,
+        rerank: int = 1,
+        batch_size: int = 4,
+        low_res: Pictures | None = None,
+    ) -> CascadeResult:
+        """Pictures for prompts.
+
+        Args:
+            prompts: N captions; picture n is a function of (seed, n, its caption).
+            seed: of all noise.
+            guidance_scale: of classifier-free guidance; 1 is none.
+            classifier_scale: of the noised CLIP's gradient; 0 is none.
+            steps: as the flag ``--timestep_respacing``: 250, "ddim25", "auto", ...
+            use_ddim: DDIM instead of DDPM.
+            ddim_eta: DDIM's randomness, 0 to 1.
+            clip_denoised: keep estimates of x_0 within [-1, 1].
+            aug_level: noise on each upsampler's small picture, 0 to 1.
+            rerank: candidates a prompt, of which the first stage's noised CLIP chooses.
+            batch_size: pictures drawn at once.
+            low_res: uint8 [N,h,w,3], the pictures to enlarge where the first stage is an
+                upsampler.
+        Raises:
+            UsageError: a setting that the stages cannot follow.
+        """
+        cfg = SampleConfig(
+            seed=seed,
+            guidance_scale=_texts(guidance_scale),
+            classifier_scale=_texts(classifier_scale),
+            timestep_respacing=_texts(steps),
+            use_ddim=use_ddim,
+            ddim_eta=ddim_eta,
+            clip_denoised=clip_denoised,
+            aug_level=_texts(aug_level),
+            rerank=rerank,
+            batch_size=batch_size,
+        )
+        plan = self.plan(cfg, low_res)
+        _check_count(prompts, low_res)
+        batches = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            indices = range(len(prompts))[part]
+            small = None if low_res is None else low_res[part]
+            batches.append(self.draw(plan, indices, prompts[part], low_res=small))
+        drawn = [batch.stages for batch in batches]
+        return CascadeResult(
+            stages=[np.concatenate(pictures) for pictures in zip(*drawn, strict=True)],
+            candidates=[candidate for batch in batches for candidate in batch.candidates],
+        )
+
+    def stream(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int = 0,
+        guidance_scale: PerStage = 1.0,
+        classifier_scale: PerStage = 1.0,
+        steps: PerStage = AUTO,
+        use_ddim: bool = False,
+        low_res: Pictures | None = None,
+    ) -> Iterator[Preview]:
+        """The pictures of `sample` on their way, step by step and stage by stage, as one batch.
+
+        Arguments are those of `sample`. Stop reading, and the sampling stops at its next step.
+        """
+        cfg = SampleConfig(
+            seed=seed,
+            guidance_scale=_texts(guidance_scale),
+            classifier_scale=_texts(classifier_scale),
+            timestep_respacing=_texts(steps),
+            use_ddim=use_ddim,
+        )
+        plan = self.plan(cfg, low_res)
+        _check_count(prompts, low_res)
+        threads = torch.get_num_threads()
+
+        def work(emit: Callable[[Preview], None]) -> None:
+            torch.set_num_threads(threads)  # a new thread would take every core
+
+            def on_step(stage: int, step: int, x_0: Tensor) -> None:
+                images = [Image.fromarray(picture) for picture in _to_numpy(to_uint8(x_0))]
+                total = plan.stages[stage].steps
+                emit(Preview(stage=stage, step=step, steps=total, images=images))
+
+            self.draw(plan, range(len(prompts)), prompts, low_res=low_res, on_step=on_step)
+
+        return iterate(work)
+
+    def plan(self, cfg: SampleConfig, low_res: Pictures | None = None) -> Plan:
+        """What the flags amount to on these stages.
+
+        Raises:
+            UsageError: a setting that the stages cannot follow, or pictures in ``low_res`` that
+                are no uint8 [N,h,w,3] as large as the first stage enlarges, or larger.
+        """
+        plan = make_plan(self.stages, cfg, low_res=low_res is not None)
+        if low_res is not None:
+            small = self.stages[0].small_size
+            square = low_res.ndim == 4 and low_res.shape[1] == low_res.shape[2]
+            fits = square and low_res.shape[3] == 3 and low_res.shape[1] >= small
+            if not fits or low_res.dtype != np.uint8:
+                raise UsageError(
+                    f"--low_res holds {low_res.dtype} {low_res.shape}, but {self.stages[0].path} "
+                    f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
+                )
+        return plan
+
+    def draw(
+        self,
+        plan: Plan,
+        indices: Sequence[int],
+        prompts: Sequence[str],
+        *,
+        low_res: Pictures | None = None,
+        on_step: OnStep | None = None,
+    ) -> CascadeResult:
+        """One batch, through all stages.
+
+        Args:
+            plan: from `plan`.
+            indices: the number of each picture; with the seed it decides the noise.
+            prompts: B captions.
+            low_res: uint8 [B,h,w,3] where the first stage is an upsampler.
+            on_step: told of every step, of rejected candidates too.
+        """
+        drawing = Drawing(
+            stages=self.stages,
+            plan=plan,
+            precision=self._precision,
+            indices=indices,
+            prompts=prompts,
+            on_step=on_step,
+        )
+        start = None
+        if low_res is not None:
+            start = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [B,3,h,w]
+        pictures, candidates = drawing.draw(start)
+        stages = [_to_numpy(picture) for picture in pictures]
+        return CascadeResult(stages=stages, candidates=candidates.tolist())
+
+    def text_readers(self) -> list[tuple[Tokenizer, int]]:
+        """Every different pair of a tokenizer and the number of tokens read of a caption."""
+        readers: dict[tuple[str, int], tuple[Tokenizer, int]] = {}
+        for stage in self.stages:
+            if stage.tokenizer is not None:
+                key = (stage.tokenizer.sha256, stage.text_length)
+                readers.setdefault(key, (stage.tokenizer, stage.text_length))
+            if stage.guide is not None:
+                tokenizer = stage.guide.loaded.tokenizer
+                key = (tokenizer.sha256, stage.guide.text_length)
+                readers.setdefault(key, (tokenizer, stage.guide.text_length))
+        return list(readers.values())
+
+
+def _listed(value: str | Sequence[str]) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)
+
+
+def _texts(value: PerStage) -> list[str]:
+    """Values as a command line would spell them."""
+    values = [value] if isinstance(value, str | float | int) else value
+    return [str(entry) for entry in values]
+
+
+def _check_count(prompts: Sequence[str], low_res: Pictures | None) -> None:
+    if not prompts:
+        raise UsageError("there is no prompt to draw: give at least one")
+    if low_res is not None and len(low_res) != len(prompts):
+        raise UsageError(
+            f"--low_res holds {len(low_res)} pictures for {len(prompts)} prompts: give one each"
+        )
+
+
+def _to_numpy(pictures: Tensor) -> Pictures:
+    """[B,3,H,W] on any device -> [B,H,W,3]."""
+    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()

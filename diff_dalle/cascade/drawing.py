@@ -1,0 +1,172 @@
+"""One batch of prompts drawn through the stages.
+
+A stage hands on its uint8 picture, so a chained run and a stage-by-stage run agree. All noise of
+a picture is a function of (seed, index, candidate, image size of the stage), so neither the
+batch size nor the number of ranks decides what is drawn.
+
+B batch, L tokens, E embedding, H W pixels, h w pixels of the stage before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diff_dalle.cascade.plan import Plan, StagePlan
+from diff_dalle.cascade.stages import Guide, Stage
+from diff_dalle.diffusion.guidance import similarity_gradient
+from diff_dalle.keyed_noise import key_of
+from diff_dalle.models.generator import Cond
+from diff_dalle.models.low_res import downsample
+from diff_dalle.training.precision import Precision
+from diff_dalle.training.stage import from_uint8, sample_stage, to_uint8
+
+OnStep = Callable[[int, int, Tensor], None]
+"""(number of the stage, steps done in it, estimate of x_0 [B,3,H,W]) -> nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawing:
+    """What is drawn together, and with what.
+
+    Attributes:
+        stages: the cascade.
+        plan: how it is sampled.
+        precision: what the generators compute in.
+        indices: the numbers of the B pictures; with the seed they decide the noise.
+        prompts: B captions.
+        on_step: told of every step, of rejected candidates too.
+    """
+
+    stages: Sequence[Stage]
+    plan: Plan
+    precision: Precision
+    indices: Sequence[int]
+    prompts: Sequence[str]
+    on_step: OnStep | None = None
+
+    def draw(self, low_res: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """The pictures of every stage.
+
+        Args:
+            low_res: uint8 [B,3,h,w] where the first stage is an upsampler; larger pictures than
+                it enlarges are scaled down.
+        Returns:
+            uint8 [B,3,H,W] for each stage, and the candidates that were kept, int64 [B].
+        """
+        if low_res is not None and low_res.shape[-1] != self.stages[0].small_size:
+            low_res = to_uint8(downsample(from_uint8(low_res), self.stages[0].small_size))
+        count, first = len(self.stages), self.plan.rerank_stage + 1
+        if self.plan.rerank == 1:
+            none = torch.zeros(len(self.prompts), dtype=torch.int64)
+            return self._through(range(count), low_res, candidate=0), none
+        pictures, candidates = self._best_of(range(first), low_res)
+        return pictures + self._through(range(first, count), pictures[-1], candidate=0), candidates
+
+    def _best_of(self, numbers: range, low_res: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """Pictures of the first stages that the CLIP of the last of them likes best."""
+        pictures = self._through(numbers, low_res, candidate=0)
+        best = self._similarity(numbers[-1], pictures[-1])  # [B]
+        kept = torch.zeros_like(best, dtype=torch.int64)
+        for candidate in range(1, self.plan.rerank):
+            others = self._through(numbers, low_res, candidate=candidate)
+            similarity = self._similarity(numbers[-1], others[-1])
+            better = similarity > best  # [B]
+            best = torch.where(better, similarity, best)
+            kept = torch.where(better, candidate, kept)
+            pictures = [
+                torch.where(better[:, None, None, None], new, old)
+                for new, old in zip(others, pictures, strict=True)
+            ]
+        return pictures, kept.cpu()
+
+    def _through(self, numbers: range, picture: Tensor | None, *, candidate: int) -> list[Tensor]:
+        """Consecutive stages, each enlarging the uint8 picture of the one before."""
+        pictures = []
+        for number in numbers:
+            picture = self._stage(number, picture, candidate)
+            pictures.append(picture)
+        return pictures
+
+    def _stage(self, number: int, small: Tensor | None, candidate: int) -> Tensor:
+        """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out."""
+        stage, plan = self.stages[number], self.plan.stages[number]
+        size, device = stage.image_size, next(stage.loaded.generator.parameters()).device
+        keys = [key_of(self.plan.seed, index, candidate, size) for index in self.indices]
+        done = 0
+
+        def callback(_: int, x_0: Tensor) -> None:
+            nonlocal done
+            done += 1
+            # The last step's estimate is not told: the finished picture is, below.
+            if self.on_step is not None and done < plan.steps:
+                self.on_step(number, done, x_0)
+
+        with self.precision.autocast():
+            picture = sample_stage(
+                stage.loaded.generator,
+                stage.loaded.diffusion,
+                self._condition(stage, small, device),
+                torch.tensor(keys, device=device),
+                image_size=size,
+                settings=plan.settings,
+                guide=self._guide(stage, plan),
+                callback=callback,
+            )
+        if self.on_step is not None:
+            self.on_step(number, plan.steps, from_uint8(picture))
+        return picture
+
+    def _condition(self, stage: Stage, small: Tensor | None, device: torch.device) -> Cond:
+        """Tokens of the stage's own tokenizer, and the picture of the stage before."""
+        tokens = mask = None
+        if stage.tokenizer is not None:
+            tokens, mask = stage.tokenizer.encode(self.prompts, stage.text_length)  # [B,L] each
+            tokens, mask = tokens.to(device), mask.to(device)
+        return Cond(tokens=tokens, mask=mask, low_res=None if small is None else from_uint8(small))
+
+    def _guide(self, stage: Stage, plan: StagePlan) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """The gradient of classifier_scale * logit_scale * cos(image, text) by x_t.
+
+        The logit scale makes it the gradient of the CLIP's own log p(text | x_t), up to the
+        normaliser, so a scale of 1 means as much for any CLIP.
+        """
+        if stage.guide is None or plan.classifier_scale == 0:
+            return None
+        clip, clip_process = stage.guide.loaded.clip, stage.guide.loaded.diffusion
+        process = stage.loaded.diffusion.respace(plan.settings.timestep_respacing)
+
+        def to_model_time(t: Tensor) -> Tensor:
+            """The CLIP's own time at its noise level nearest to the generator's at t [B]."""
+            nearest = clip_process.nearest_step(process.alpha_bar[t.cpu()])
+            return clip_process.model_time(nearest.to(t.device))
+
+        def encode_image(x_t: Tensor, time: Tensor) -> Tensor:
+            with torch.autocast(x_t.device.type, enabled=False):  # fp16 gradients would vanish
+                return clip.encode_image(x_t.float(), time)
+
+        scale = plan.classifier_scale * float(clip.scale())
+        return similarity_gradient(
+            encode_image, self._text_features(stage.guide), scale, to_model_time
+        )
+
+    @torch.no_grad()
+    def _similarity(self, number: int, picture: Tensor) -> Tensor:
+        """Cosine [B] between prompts and uint8 pictures [B,3,H,W], at the CLIP's step 0."""
+        guide = self.stages[number].guide
+        assert guide is not None
+        start = torch.zeros(len(picture), dtype=torch.int64, device=picture.device)
+        time = guide.loaded.diffusion.model_time(start)
+        features = guide.loaded.clip.encode_image(from_uint8(picture), time)  # [B,E]
+        return (features * self._text_features(guide)).sum(dim=1)
+
+    @torch.no_grad()
+    def _text_features(self, guide: Guide) -> Tensor:
+        """[B,E], of the CLIP's own tokenizer."""
+        device = next(guide.loaded.clip.parameters()).device
+        tokens, mask = guide.loaded.tokenizer.encode(self.prompts, guide.text_length)
+        with torch.autocast(device.type, enabled=False):
+            return guide.loaded.clip.encode_text(tokens.to(device), mask.to(device))

@@ -1,0 +1,163 @@
+"""What a run is to draw: a prompt for each picture and, for an upsampler alone, small pictures."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diff_dalle.data.batch import BadSample
+from diff_dalle.data.dataset import Dataset
+from diff_dalle.data.images import decode
+from diff_dalle.data.loader import DataConfig, open_data
+from diff_dalle.errors import UsageError
+from diff_dalle.models.low_res import downsample
+from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts
+from diff_dalle.sampling_io.store import Pictures, read_pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reader:
+    """What the cascade needs, as far as it decides how inputs are read.
+
+    Attributes:
+        reads_text: whether captions matter.
+        small_size: side in pixels of what the first stage enlarges; 0 for a base model.
+        image_size: side in pixels of what the first stage makes.
+    """
+
+    reads_text: bool
+    small_size: int
+    image_size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Picture i is to be drawn for ``prompts[i]`` from ``low_res[i % len(low_res)]``.
+
+    Attributes:
+        prompts: N prompts.
+        low_res: uint8 [M,h,w,3], or None; N is a whole or part multiple of M.
+        notes: lines to tell the user, such as what was skipped.
+    """
+
+    prompts: list[Prompt]
+    low_res: Pictures | None
+    notes: list[str]
+
+    def small(self, indices: Sequence[int]) -> Pictures | None:
+        """The small pictures uint8 [B,h,w,3] for some indices."""
+        if self.low_res is None:
+            return None
+        return self.low_res[[index % len(self.low_res) for index in indices]]
+
+
+def read_request(cfg: SampleConfig, reader: Reader) -> Request:
+    """Everything that the flags ask to be drawn.
+
+    Raises:
+        UsageError: nothing to draw, unreadable inputs, or another number of prompts than of
+            small pictures.
+    """
+    prompts = read_prompts(cfg.prompts, cfg.data_dir, _shard_prompts)
+    low_res: Pictures | None = None
+    notes: list[str] = []
+    if cfg.low_res is not None:
+        low_res, captions, notes = _read_low_res(cfg, reader)
+        prompts = prompts or captions
+        if prompts and len(prompts) != len(low_res):
+            raise UsageError(
+                f"--low_res {cfg.low_res} holds {len(low_res)} pictures, but there are "
+                f"{len(prompts)} prompts: give one prompt a picture"
+            )
+    if not prompts:
+        if reader.reads_text:
+            raise UsageError("--prompts is missing: type captions in quotes, or give --data_dir")
+        prompts = [Prompt("", "no prompt")] * (1 if low_res is None else len(low_res))
+    prompts = repeat_prompts(prompts, cfg.num_samples)
+    return Request(prompts=prompts, low_res=low_res, notes=notes)
+
+
+def _shard_prompts(path: str) -> list[Prompt]:
+    """The first caption of every sample that has one."""
+    dataset = _open(path, "data_dir", with_text=True)
+    return [Prompt(text, f"{path} sample {key}") for key, text in dataset.first_captions()]
+
+
+def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:
+    """Small pictures uint8 [M,h,w,3], their captions (or none), and notes."""
+    assert cfg.low_res is not None
+    if Path(cfg.low_res).is_file() and not cfg.low_res.endswith(".tar"):
+        try:
+            pictures = read_pictures(cfg.low_res)
+        except (OSError, ValueError) as problem:
+            raise UsageError(
+                f"--low_res {cfg.low_res} is no npz of pictures ({problem}): give what sample.py "
+                "wrote, or shards"
+            ) from problem
+        return pictures, _captions_beside(Path(cfg.low_res), len(pictures)), []
+    return _shard_pictures(cfg.low_res, reader, cfg.num_samples)
+
+
+def _captions_beside(npz: Path, count: int) -> list[Prompt]:
+    """The captions that sampling wrote beside an npz file, if they are there and fit."""
+    path = npz.with_suffix(".txt")
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if len(lines) != count:
+        return []
+    return [Prompt(line, f"{path} line {n}") for n, line in enumerate(lines, start=1)]
+
+
+def _shard_pictures(
+    path: str, reader: Reader, limit: int
+) -> tuple[Pictures, list[Prompt], list[str]]:
+    """The first ``limit`` usable samples (0: all), scaled down as in training."""
+    dataset = _open(path, "low_res", with_text=reader.reads_text)
+    pictures: list[Pictures] = []
+    prompts: list[Prompt] = []
+    bad: Counter[str] = Counter()
+    for sample in range(len(dataset)):
+        if limit and len(pictures) == limit:
+            break
+        try:
+            raw = dataset.read(sample)
+            text = dataset.captions_of(raw).first if reader.reads_text else ""
+            pictures.append(_small_picture(raw.image, reader))
+        except BadSample as problem:
+            bad[str(problem)] += 1
+            continue
+        prompts.append(Prompt(text, f"{path} sample {dataset.entry(sample)[1].key}"))
+    if not pictures:
+        raise UsageError(f"--low_res {path} holds no usable picture: {dict(bad)}")
+    notes = [
+        f"--low_res {path}: skipped {count} samples ({reason})" for reason, count in bad.items()
+    ]
+    return np.stack(pictures), prompts if reader.reads_text else [], notes
+
+
+def _small_picture(data: bytes, reader: Reader) -> Pictures:
+    """Uint8 [h,w,3]: decoded at the stage's size and averaged down, as its training saw it."""
+    try:
+        picture = torch.from_numpy(decode(data, reader.image_size)).float()  # [3,H,W]
+    except BadSample as problem:
+        if str(problem) != "too small":
+            raise
+        return decode(data, reader.small_size).transpose(1, 2, 0)
+    small = downsample(picture[None], reader.small_size)[0]  # [3,h,w]
+    return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+
+
+def _open(path: str, flag: str, *, with_text: bool) -> Dataset:
+    cfg = DataConfig(data_dir=[path], num_workers=0)
+    try:
+        # Any picture will do here; those that are used are looked at one by one.
+        return open_data(cfg, split="train", image_size=1, with_text=with_text, seed=0)
+    except UsageError as problem:
+        raise UsageError(str(problem).replace("--data_dir", f"--{flag}", 1)) from problem

@@ -1,0 +1,135 @@
+"""What a cascade is asked to do, one entry a stage, checked before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from diff_dalle.cascade.stages import Stage
+from diff_dalle.errors import UsageError
+from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage, resolve_respacing
+from diff_dalle.training.stage import StageSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """How one stage is sampled.
+
+    Attributes:
+        settings: for `sample_stage`.
+        steps: the number of steps that the settings amount to.
+        classifier_scale: strength of the noised CLIP's gradient; 0 is none.
+    """
+
+    settings: StageSettings
+    steps: int
+    classifier_scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a cascade is sampled.
+
+    Attributes:
+        seed: of all noise.
+        stages: one plan a stage.
+        rerank: candidates drawn for each prompt, 1 or more.
+        rerank_stage: number of the stage whose noised CLIP chooses among them.
+    """
+
+    seed: int
+    stages: tuple[StagePlan, ...]
+    rerank: int
+    rerank_stage: int
+
+    @property
+    def steps(self) -> int:
+        """Network steps that one picture takes, over all stages and candidates."""
+        counts = [stage.steps for stage in self.stages]
+        return sum(counts) + (self.rerank - 1) * sum(counts[: self.rerank_stage + 1])
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the settings."""
+        return asdict(self)
+
+
+def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> Plan:
+    """The plan that flags amount to on these stages.
+
+    Args:
+        stages: the cascade.
+        cfg: the flags; paths, prompts and outputs are not read here.
+        low_res: whether small pictures are given.
+    Raises:
+        UsageError: a setting that these stages cannot follow.
+    """
+    _check_start(stages[0], low_res)
+    count = len(stages)
+    respacings = per_stage(cfg.resolved_respacing, count, "timestep_respacing")
+    guidance = per_stage(numbers(cfg.guidance_scale, "guidance_scale"), count, "guidance_scale")
+    levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
+    scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
+    plans = []
+    for number, stage in enumerate(stages):
+        settings = StageSettings(
+            timestep_respacing=_respacing(respacings[number], stage),
+            use_ddim=cfg.use_ddim,
+            ddim_eta=cfg.ddim_eta,
+            clip_denoised=cfg.clip_denoised,
+            guidance_scale=guidance[number],
+            aug_level=levels[number] if stage.small_size else 0.0,
+        )
+        _check_stage(stage, settings)
+        steps = stage.loaded.diffusion.respace(settings.timestep_respacing).num_steps
+        scale = scales[number] if stage.guide else 0.0
+        plans.append(StagePlan(settings=settings, steps=steps, classifier_scale=scale))
+    return Plan(
+        seed=cfg.seed,
+        stages=tuple(plans),
+        rerank=cfg.rerank,
+        rerank_stage=_rerank_stage(stages, cfg.rerank),
+    )
+
+
+def _check_start(first: Stage, low_res: bool) -> None:
+    if first.small_size and not low_res:
+        raise UsageError(
+            f"--model_path: {first.path} is an upsampler of {first.small_size} px pictures: put a "
+            "base model before it, or give the pictures with --low_res"
+        )
+    if low_res and not first.small_size:
+        raise UsageError(
+            f"--low_res is for an upsampler, but {first.path} is a base model: leave it out"
+        )
+
+
+def _check_stage(stage: Stage, settings: StageSettings) -> None:
+    if settings.guidance_scale != 1 and not stage.reads_text:
+        raise UsageError(
+            f"--guidance_scale is {settings.guidance_scale:g}, but {stage.path} was trained "
+            "without captions: give 1 for its stage"
+        )
+    if settings.aug_level and not stage.loaded.run.generator.aug_level_cond:
+        raise UsageError(
+            f"--aug_level is {settings.aug_level:g}, but {stage.path} cannot be told a noise "
+            "level: give 0 for its stage"
+        )
+
+
+def _rerank_stage(stages: Sequence[Stage], rerank: int) -> int:
+    """The first stage with a CLIP: choosing early is cheapest."""
+    for number, stage in enumerate(stages):
+        if stage.guide is not None:
+            return number
+    if rerank > 1:
+        raise UsageError(f"--rerank is {rerank}: name the CLIP that chooses, --classifier_path")
+    return 0
+
+
+def _respacing(text: str, stage: Stage) -> str:
+    return resolve_respacing(
+        text,
+        upsampler=stage.small_size > 0,
+        diffusion_steps=stage.loaded.diffusion.num_steps,
+    )

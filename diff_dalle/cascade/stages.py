@@ -1,0 +1,174 @@
+"""The stages of a cascade: loaded from checkpoints, and refused where they do not fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.errors import UsageError
+from diff_dalle.loading import LoadedClassifier, LoadedGenerator, load_classifier, load_generator
+from diff_dalle.sampling_io.config import per_stage, split_paths
+from diff_dalle.sampling_io.find import expand_paths
+from diff_dalle.training.checkpoints import load_weights
+
+NO_CLASSIFIER = "none"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A noised CLIP that guides one stage, and the file it came from."""
+
+    path: str
+    loaded: LoadedClassifier
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that it sees."""
+        return self.loaded.run.image_size
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption that it reads."""
+        return self.loaded.run.clip.text_length
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One generator, the file it came from, and the noised CLIP that may guide it."""
+
+    path: str
+    loaded: LoadedGenerator
+    guide: Guide | None = None
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the pictures that it makes."""
+        return self.loaded.run.image_size
+
+    @property
+    def small_size(self) -> int:
+        """Side in pixels of the pictures that it enlarges; 0 for a base model."""
+        return self.loaded.run.generator.small_size
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether its generator takes captions."""
+        return self.loaded.run.generator.cond_text
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a caption that its generator reads."""
+        return self.loaded.run.text.text_length
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """What turns captions into its tokens; None where it reads none."""
+        return self.loaded.tokenizer if self.reads_text else None
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the stage's files."""
+        return {
+            "image_size": self.image_size,
+            "small_size": self.small_size,
+            "checkpoint": _describe(self.path, self.loaded),
+            "classifier": self.guide and _describe(self.guide.path, self.guide.loaded),
+        }
+
+
+def load_stages(
+    paths: Sequence[str], classifiers: Sequence[str], device: torch.device
+) -> list[Stage]:
+    """The stages from the smallest picture to the largest, each with its noised CLIP.
+
+    Args:
+        paths: checkpoint files in that order, or a folder that holds them (any order).
+        classifiers: one entry a stage (``none`` for no CLIP); or one file or folder, each CLIP
+            of which guides the stage of its own size; or nothing.
+        device: where the weights go.
+    Raises:
+        UsageError: nothing to load, a file that is no checkpoint or of the wrong kind, stages
+            out of order, or sizes that do not fit.
+    """
+    files = expand_paths(paths, "generator", _kind_of, "model_path")
+    if not files:
+        raise UsageError("--model_path is missing: name checkpoints or a folder that holds them")
+    stages = [Stage(path, load_generator(path, device)) for path in files]
+    for stage in stages:
+        if stage.reads_text and stage.loaded.tokenizer is None:
+            raise UsageError(f"--model_path {stage.path} reads captions but has no tokenizer")
+    if any(Path(path).is_dir() for path in paths):  # a folder names its files in no order
+        stages.sort(key=lambda stage: stage.image_size)
+    for before, after in zip(stages, stages[1:], strict=False):
+        _check_pair(before, after)
+    guides = _load_guides(classifiers, stages, device)
+    return [replace(stage, guide=guide) for stage, guide in zip(stages, guides, strict=True)]
+
+
+def _check_pair(before: Stage, after: Stage) -> None:
+    """Raise a `UsageError` unless ``after`` enlarges what ``before`` makes."""
+    if after.image_size <= before.image_size:
+        raise UsageError(
+            f"--model_path: {after.path} makes {after.image_size} px, but {before.path} before it "
+            f"makes {before.image_size} px: name each size once, from the smallest to the largest"
+        )
+    if after.small_size != before.image_size:
+        reads = f"enlarges {after.small_size} px" if after.small_size else "is a base model"
+        raise UsageError(
+            f"--model_path: {after.path} {reads}, but {before.path} before it makes "
+            f"{before.image_size} px: name an upsampler with --small_size {before.image_size}"
+        )
+
+
+def _load_guides(
+    classifiers: Sequence[str], stages: Sequence[Stage], device: torch.device
+) -> list[Guide | None]:
+    """One CLIP, or none, a stage."""
+    entries = split_paths(classifiers, lambda path: Path(path).exists())
+    if not entries or entries == [NO_CLASSIFIER]:
+        return [None] * len(stages)
+    if len(entries) == 1:
+        return _spread(entries[0], stages, device)
+    guides: list[Guide | None] = []
+    for entry, stage in zip(
+        per_stage(entries, len(stages), "classifier_path"), stages, strict=True
+    ):
+        guides += [None] if entry == NO_CLASSIFIER else _spread(entry, [stage], device)
+    return guides
+
+
+def _spread(entry: str, stages: Sequence[Stage], device: torch.device) -> list[Guide | None]:
+    """Each CLIP of a file or folder beside the stage of its own size."""
+    guides: dict[int, Guide] = {}
+    for path in expand_paths([entry], "classifier", _kind_of, "classifier_path"):
+        guide = Guide(path, load_classifier(path, device))
+        if guide.image_size in guides:
+            raise UsageError(
+                f"--classifier_path {entry} holds two CLIPs of {guide.image_size} px, "
+                f"{guides[guide.image_size].path} and {path}: name one of them"
+            )
+        guides[guide.image_size] = guide
+    found = [guides.get(stage.image_size) for stage in stages]
+    if not any(found):
+        raise UsageError(
+            f"--classifier_path {entry} sees {_sizes(guides)} px, but the stages make "
+            f"{_sizes(stage.image_size for stage in stages)} px: name a CLIP of a stage's size"
+        )
+    return found
+
+
+def _kind_of(path: str) -> str:
+    return load_weights(path).kind
+
+
+def _sizes(sizes: Iterable[int]) -> str:
+    return ", ".join(str(size) for size in sizes)
+
+
+def _describe(path: str, loaded: LoadedGenerator | LoadedClassifier) -> dict[str, Any]:
+    checkpoint = loaded.checkpoint
+    return {"path": path, "sha256": checkpoint.sha256, "step": checkpoint.step}

@@ -1,0 +1,1 @@
+"""Data: from tar shards to batches, and from drawings to tar shards."""

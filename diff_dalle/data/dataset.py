@@ -1,0 +1,252 @@
+"""A dataset: the samples of some shards, found by number and read from their tar files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diff_dalle.data.batch import BadSample
+from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
+from diff_dalle.data.order import first_samples
+from diff_dalle.data.shard_index import Entry, ShardIndex, Span, Summary
+from diff_dalle.data.shards import ShardFile
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import knob, require
+
+_OPEN_SHARDS = 128  # of one process, two descriptors each; a block rarely touches more
+_LARGEST_FILE = 2**28  # bytes
+_GAP = 2**14  # bytes between members that are read rather than skipped
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A shard and where its index lies."""
+
+    file: ShardFile
+    index: Path
+    summary: Summary
+
+
+class Raw(NamedTuple):
+    """The members of a sample, as bytes."""
+
+    image: bytes
+    text: bytes | None
+    json: bytes | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which data a run reads, and how each visit varies it."""
+
+    data_dir: list[str] = knob(
+        [], "folders, tar files or patterns of training shards", aliases=["index_dir"]
+    )
+    val_data_dir: list[str] = knob(
+        [], "folders, tar files or patterns of held-out shards", aliases=["index_dir_val"]
+    )
+    num_workers: int = knob(2, "processes that decode, for each rank; 0: in the main process")
+    random_flip: bool = knob(False, "mirror half of the images (makes 'left of' untrue)")
+    random_crop: bool = knob(False, "cut squares of 0.8 to 1.0 of the shorter side, not the centre")
+    tokenizer: str | None = knob(None, "tokenizer.json to use instead of the one with the shards")
+    max_train_samples: int = knob(0, "train on the first so many samples only; 0: on all")
+    caption_key: str = knob(
+        DEFAULT_KEY, "field of the .json that holds captions; any but this one outranks .txt"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.num_workers >= 0, "num_workers", self.num_workers, "be 0 or more")
+        limit = self.max_train_samples
+        require(limit >= 0, "max_train_samples", limit, "be 0 (all) or more")
+        require(bool(self.caption_key), "caption_key", self.caption_key, "name a field")
+
+
+class Dataset:
+    """Samples 0 … len − 1 in the order of shards and of members in them.
+
+    Attributes:
+        cfg: what the user asked for.
+        image_size: S, pixels of the squares that its batches hold.
+        seed: of the run; order and all noise derive from it.
+        shards: all shards.
+        counts: how many samples of each shard belong to the dataset (``limit`` cuts the last).
+        bad: (shard, "", reason) of every shard that may lack samples.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        cfg: DataConfig,
+        *,
+        image_size: int,
+        seed: int,
+        limit: int = 0,
+    ) -> None:
+        """The first ``limit`` samples of indexed shards; 0 takes all."""
+        self.cfg = cfg
+        self.image_size = image_size
+        self.seed = seed
+        self.shards = list(shards)
+        self.counts = first_samples([shard.summary.samples for shard in shards], limit)
+        self.bad = [(s.file.path, "", s.summary.fault) for s in shards if s.summary.fault]
+        self._ends = np.cumsum(self.counts)
+        self._open: dict[int, _OpenShard] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Open files stay in their process."""
+        return {**self.__dict__, "_open": {}}
+
+    def entry(self, sample: int) -> tuple[ShardFile, Entry]:
+        """The shard of a sample, and where in it the sample's members lie."""
+        number, row = self._locate(sample)
+        return self.shards[number].file, self._shard(number).index[row]
+
+    def read(self, sample: int, *, image: bool = True) -> Raw:
+        """The members of a sample.
+
+        Args:
+            sample: 0 … len − 1.
+            image: False leaves the image empty, where only captions are wanted.
+        Raises:
+            BadSample: "duplicate key", "file too large", "unreadable" (the shard is gone) or
+                "shard changed" (since it was indexed).
+        """
+        number, row = self._locate(sample)
+        shard = self._shard(number)
+        entry = shard.index[row]
+        if entry.duplicate:
+            raise BadSample("duplicate key")
+        picture_at = entry.image if image else Span(entry.image.offset, 0)
+        spans = [span for span in (picture_at, entry.text, entry.json) if span is not None]
+        if max(span.size for span in spans) > _LARGEST_FILE:
+            raise BadSample("file too large")
+        picture, *rest = shard.read(spans)
+        return Raw(
+            image=picture,
+            text=rest.pop(0) if entry.text is not None else None,
+            json=rest.pop(0) if entry.json is not None else None,
+        )
+
+    def captions_of(self, raw: Raw) -> Captions:
+        """The captions in a sample's members; `BadSample` where there is none."""
+        return read_captions(raw.text, raw.json, self.cfg.caption_key)
+
+    def captions(self, limit: int = 0) -> Iterator[str]:
+        """All captions of all samples in order, broken ones left out; at most ``limit`` > 0."""
+        given = 0
+        for _, captions in self._all_captions():
+            for caption in dict.fromkeys([captions.first, *captions.choices]):
+                yield caption
+                given += 1
+                if given == limit:
+                    return
+
+    def first_captions(self, limit: int = 0) -> Iterator[tuple[str, str]]:
+        """(key, first caption) of every sample in order, as `captions` does it."""
+        for given, (key, captions) in enumerate(self._all_captions(), start=1):
+            yield key, captions.first
+            if given == limit:
+                return
+
+    def keys(self, limit: int = 0) -> Iterator[str]:
+        """The keys of all samples in order; at most ``limit`` > 0."""
+        for sample in range(min(limit, len(self)) if limit > 0 else len(self)):
+            yield self.entry(sample)[1].key
+
+    @property
+    def fingerprint(self) -> str:
+        """Hexadecimal hash of the shards' names, sizes and numbers of samples.
+
+        Neither the folder that holds the dataset nor the times of its files count.
+        """
+        facts = [[s.file.name, s.summary.size, s.summary.samples] for s in self.shards]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @property
+    def tokenizer_path(self) -> str | None:
+        """The ``tokenizer.json`` beside the shards or in the folder above, if there is one.
+
+        Raises:
+            UsageError: there are several that differ.
+        """
+        folders = dict.fromkeys(Path(shard.file.path).absolute().parent for shard in self.shards)
+        found: dict[bytes, str] = {}
+        for folder in folders:
+            for path in (folder / "tokenizer.json", folder.parent / "tokenizer.json"):
+                if path.is_file():
+                    found.setdefault(path.read_bytes(), str(path))
+                    break
+        if len(found) > 1:
+            both = " and ".join(list(found.values())[:2])
+            raise UsageError(f"{both} differ: name the one to use with --tokenizer")
+        return next(iter(found.values()), None)
+
+    def _all_captions(self) -> Iterator[tuple[str, Captions]]:
+        for sample in range(len(self)):
+            try:
+                yield self.entry(sample)[1].key, self.captions_of(self.read(sample, image=False))
+            except BadSample:
+                continue
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        number = int(np.searchsorted(self._ends, sample, side="right"))
+        return number, sample - int(self._ends[number]) + self.counts[number]
+
+    def _shard(self, number: int) -> _OpenShard:
+        if number not in self._open:
+            if len(self._open) >= _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[number] = _OpenShard(self.shards[number])
+        return self._open[number]
+
+
+class _OpenShard:
+    """A shard whose index is mapped; the file itself is opened at the first read."""
+
+    def __init__(self, shard: Shard) -> None:
+        self.index = ShardIndex(shard.index, shard.summary)
+        self._shard = shard
+        self._descriptor: int | None = None
+
+    def read(self, spans: Sequence[Span]) -> list[bytes]:
+        """The bytes of some members; neighbours are read at once, since disks may be far."""
+        start = min(span.offset for span in spans)
+        stop = max(span.offset + span.size for span in spans)
+        total = sum(span.size for span in spans)
+        if stop - start > total + _GAP:
+            return [self._read(span) for span in spans]
+        block = memoryview(self._read(Span(start, stop - start)))
+        return [bytes(block[at - start : at - start + size]) for at, size in spans]
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _read(self, span: Span) -> bytes:
+        try:
+            if self._descriptor is None:
+                self._descriptor = self._open_file()
+            data = os.pread(self._descriptor, span.size, span.offset)
+        except OSError as error:
+            raise BadSample("unreadable") from error
+        if len(data) < span.size:
+            raise BadSample("unreadable")
+        return data
+
+    def _open_file(self) -> int:
+        descriptor = os.open(self._shard.file.path, os.O_RDONLY)
+        stat, known = os.fstat(descriptor), self._shard.summary
+        if (stat.st_size, stat.st_mtime_ns) != (known.size, known.mtime_ns):
+            os.close(descriptor)
+            raise BadSample("shard changed")
+        return descriptor

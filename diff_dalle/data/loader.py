@@ -1,0 +1,241 @@
+"""Batches for one rank: open the data, then read them in training or evaluation.
+
+Worker processes start from a fork server, a clean process that has imported torch and nothing
+else ran in. A plain fork copies a process whose MPI, Gloo and OpenMP threads hold locks that
+nobody will release; a plain spawn imports torch (seconds) for every worker. The server starts
+when the data are opened, so it is ready by the time the first batch is asked for.
+
+Notation: B batch, L tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import random
+import sys
+import types
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import forkserver
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from diff_dalle.data.batch import BadSample, Batch
+from diff_dalle.data.dataset import DataConfig, Dataset, Shard
+from diff_dalle.data.images import IMAGE_EXTENSIONS, decode
+from diff_dalle.data.order import Order, Slot, rank_batches, spread
+from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shards import ShardFile, find_shards
+from diff_dalle.data.visits import Arrays, CaptionEncoder, Visits
+from diff_dalle.errors import UsageError
+
+__all__ = ["DataConfig", "Dataset", "eval_batches", "open_data", "train_batches"]
+
+EVAL_EPOCH = -1  # so that held-out samples meet the same noise at every evaluation
+_TRIED = 64  # samples, before a dataset is called useless
+_READERS = 8  # shards indexed at once; the disk is what takes time
+_PREFETCH = 2  # batches ready, for each worker
+
+
+def open_data(
+    cfg: DataConfig, *, split: str, image_size: int, with_text: bool, seed: int
+) -> Dataset:
+    """Find and index the shards of ``cfg.data_dir`` or ``cfg.val_data_dir``.
+
+    Args:
+        cfg: where the data are.
+        split: "train" or "val".
+        image_size: S, pixels.
+        with_text: whether the run needs captions.
+        seed: of the run.
+    Raises:
+        UsageError: there are no usable samples; says what was found.
+    """
+    flag = {"train": "data_dir", "val": "val_data_dir"}[split]
+    entries: list[str] = getattr(cfg, flag)
+    files = find_shards(entries, flag)
+    if cfg.num_workers:
+        _start_fork_server()
+    shards = _index(files)
+    where = f"--{flag} {' '.join(entries)}"
+    limit = cfg.max_train_samples if split == "train" else 0
+    dataset = Dataset(shards, cfg, image_size=image_size, seed=seed, limit=limit)
+    if dataset.bad:
+        path, _, reason = dataset.bad[0]
+        warnings.warn(f"{where}: {len(dataset.bad)} faulty: {path} ({reason})", stacklevel=2)
+    if not len(dataset):
+        kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
+        raise UsageError(f"{where}: {len(shards)} tar files without an image ({kinds}) in them")
+    _require_usable(dataset, where, with_text)
+    return dataset
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    tokenizer: CaptionEncoder | None,
+    text_length: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    start_sample: int = 0,
+    num_workers: int | None = None,
+) -> Iterator[Batch]:
+    """One rank's batches of a training run, without end; workers start at the call.
+
+    Args:
+        dataset: what `open_data` returned; its seed decides the order.
+        tokenizer: None for a run without text: captions are then not read.
+        text_length: L.
+        batch_size: B of this rank; all ranks must use the same.
+        rank: 0 … ``world`` − 1.
+        world: the number of ranks.
+        start_sample: how many samples all ranks together have visited so far.
+        num_workers: processes that decode; the dataset's configuration by default.
+    """
+    order = Order(dataset.counts, dataset.seed)
+    visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=True)
+    positions = rank_batches(start_sample, batch_size, rank, world)
+    return _batches(visits, positions, _workers(dataset, num_workers))
+
+
+def eval_batches(
+    dataset: Dataset,
+    *,
+    tokenizer: CaptionEncoder | None,
+    text_length: int,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+    num_workers: int | None = None,
+    max_samples: int = 0,
+) -> Iterator[Batch]:
+    """One rank's batches of a fixed subset: no variation, first captions, same seeds every time.
+
+    Every sample comes once over all ranks; all ranks get the same number of full batches, the
+    last ones padded with rows that are not valid and have no key. Arguments as in
+    `train_batches`; ``max_samples`` > 0 takes that many, evenly spread over the dataset.
+    """
+    order = _FixedOrder(spread(len(dataset), max_samples))
+    visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=False)
+    steps = -(-len(order) // (batch_size * world))
+    positions = rank_batches(0, batch_size, rank, world)
+    taken = [next(positions) for _ in range(steps)]
+    return _batches(visits, taken, min(_workers(dataset, num_workers), steps))
+
+
+class _FixedOrder:
+    """Some samples once, in order, then padding."""
+
+    def __init__(self, samples: np.ndarray) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def slot(self, position: int) -> Slot | None:
+        if position >= len(self):
+            return None
+        return Slot(EVAL_EPOCH, int(self._samples[position]))
+
+
+def _batches(visits: Visits, positions: Iterable[range], workers: int) -> Iterator[Batch]:
+    if workers:
+        _start_fork_server()
+    loader: DataLoader[Arrays] = DataLoader(
+        visits,
+        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of indices will do
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
+        multiprocessing_context="forkserver" if workers else None,
+        worker_init_fn=_set_up_worker,
+        # The loader draws a seed at its start: not from the generator that dropout uses.
+        generator=torch.Generator(),
+    )
+    with _without_main():
+        arrays = iter(loader)
+    return map(Arrays.to_batch, arrays)
+
+
+def _as_is(arrays: Arrays) -> Arrays:
+    return arrays
+
+
+def _set_up_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the main script again.
+
+    They need nothing of it, and it may import mpi4py, whose start-up would hang in a worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+def _workers(dataset: Dataset, given: int | None) -> int:
+    return dataset.cfg.num_workers if given is None else given
+
+
+def _start_fork_server() -> None:
+    """Does nothing if it runs; else it gets ready in the background."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["torch.utils.data", "diff_dalle.data.visits"]
+    )
+    forkserver.ensure_running()
+
+
+def _index(files: list[ShardFile]) -> list[Shard]:
+    """The shards with their indices, in the order given.
+
+    Ranks that start together go through the shards in different orders and find most of each
+    other's work done.
+    """
+    from tqdm import tqdm
+
+    numbers = list(range(len(files)))
+    random.Random(os.getpid()).shuffle(numbers)
+    shards: dict[int, Shard] = {}
+    with ThreadPoolExecutor(_READERS) as pool:
+        found = pool.map(lambda number: ensure_index(files[number]), numbers)
+        bar = tqdm(found, "indexing shards", len(files), delay=2.0, leave=False, unit="shard")
+        for number, (path, summary) in zip(numbers, bar, strict=True):
+            shards[number] = Shard(file=files[number], index=path, summary=summary)
+    return [shards[number] for number in range(len(files))]
+
+
+def _require_usable(dataset: Dataset, where: str, with_text: bool) -> None:
+    """Refuse data of which no sample can be used, before any work starts."""
+    reasons: Counter[str] = Counter()
+    for sample in spread(len(dataset), _TRIED):
+        try:
+            raw = dataset.read(int(sample))
+            if with_text:
+                dataset.captions_of(raw)
+            decode(raw.image, dataset.image_size)
+            return
+        except BadSample as reason:
+            reasons[str(reason)] += 1
+    reason, count = reasons.most_common(1)[0]
+    tried = f"{where}: {count} of {reasons.total()} samples tried cannot be used: {reason}"
+    if reason in ("no caption", "empty caption"):
+        key = dataset.cfg.caption_key
+        hint = f"needs .txt, or {key!r} in .json; or train without text: --cond_text False"
+        raise UsageError(f"{tried}; {hint}")
+    if reason == "too small":
+        size = dataset.image_size
+        raise UsageError(f"{tried}; --image_size {size} needs images of {size} px or more")
+    raise UsageError(f"{tried}; see that the shards are whole")

@@ -1,0 +1,289 @@
+"""Where the members of a tar shard lie: read once, kept in a small file, mapped into memory.
+
+A sample is one image member and, optionally, a ``.txt`` and a ``.json`` of the same key. A key
+ends at the first dot of the file name and keeps its folder, as webdataset has it. Members of
+other kinds are never read. A shard that was cut short keeps its complete members.
+
+An index file holds one line of JSON (padded to `_ALIGNMENT`), the table of samples, and the
+bytes of all keys. It lies beside the shard or, where that folder cannot be written, in the
+user's cache folder; it is built anew when the shard's size or time of change differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diff_dalle.data.images import IMAGE_EXTENSIONS
+from diff_dalle.data.shards import ShardFile
+from diff_dalle.errors import UsageError
+
+_FORMAT = 1
+_ALIGNMENT = 64
+_LARGEST = 2**32 - 1  # what a size field holds; nothing so large is ever read
+_PARTS = ("image", "text", "json")
+_PART_OF = {**dict.fromkeys(IMAGE_EXTENSIONS, "image"), "txt": "text", "json": "json"}
+
+# Offsets are -1 and sizes 0 where a sample has no such member.
+_TABLE = np.dtype(
+    [(f"{part}_at", "<i8") for part in _PARTS]
+    + [(f"{part}_size", "<u4") for part in _PARTS]
+    + [("key_end", "<i8"), ("duplicate", "?")]
+)
+_KEY_END = 2 * len(_PARTS)  # the column of that name
+
+
+class Span(NamedTuple):
+    """Where the bytes of a member lie in its shard."""
+
+    offset: int
+    size: int
+
+
+class Entry(NamedTuple):
+    """One sample of a shard; ``duplicate`` if an earlier one has the same key."""
+
+    key: str
+    image: Span
+    text: Span | None
+    json: Span | None
+    duplicate: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the first line of an index file says.
+
+    Attributes:
+        size: bytes of the shard.
+        mtime_ns: when the shard was last changed.
+        samples: keys with an image, duplicates included.
+        texts: how many of them have a ``.txt``.
+        jsons: how many of them have a ``.json``.
+        fault: "" or why the shard may lack samples: "truncated shard", "broken shard", "empty
+            file" or "not a tar file".
+        key_bytes: length of all keys together.
+    """
+
+    size: int
+    mtime_ns: int
+    samples: int
+    texts: int
+    jsons: int
+    fault: str
+    key_bytes: int
+
+
+class ShardIndex:
+    """The samples of one shard, in the order of their first members."""
+
+    def __init__(self, path: str | Path, summary: Summary) -> None:
+        """Map an index file that `ensure_index` returned."""
+        self._table: NDArray[Any] = np.empty(0, _TABLE)
+        self._keys: NDArray[np.uint8] = np.empty(0, np.uint8)
+        if summary.samples:
+            start = _header_size(path)
+            mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=start))
+            end = summary.samples * _TABLE.itemsize
+            self._table = mapped[:end].view(_TABLE)
+            self._keys = mapped[end : end + summary.key_bytes]
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Entry:
+        *offsets_and_sizes, end, duplicate = self._table[row].item()
+        start = self._table[row - 1].item()[_KEY_END] if row else 0
+        image, text, meta = map(Span, offsets_and_sizes[:3], offsets_and_sizes[3:])
+        return Entry(
+            # A name that is not UTF-8 is shown with escapes.
+            key=bytes(self._keys[start:end]).decode(errors="backslashreplace"),
+            image=image,
+            text=text if text.offset >= 0 else None,
+            json=meta if meta.offset >= 0 else None,
+            duplicate=duplicate,
+        )
+
+
+def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
+    """The index file of a shard, built if there is none or the shard has changed.
+
+    Raises:
+        UsageError: the shard cannot be read, or no folder can hold the index.
+    """
+    try:
+        stat = os.stat(shard.path)
+    except OSError as error:
+        raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
+    places = _places(shard.path)
+    for place in places:
+        summary = _read_summary(place)
+        if summary and (summary.size, summary.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            return place, summary
+    try:
+        summary, table, keys = _scan(shard.path, stat)
+    except OSError as error:
+        raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
+    for place in places:
+        try:
+            _write(place, summary, table, keys)
+        except OSError:  # read-only or full: try the next place
+            continue
+        return place, summary
+    raise UsageError(
+        f"{shard.path}: its index can be written neither beside it nor in {places[1].parent}: "
+        "make one of them writable or set XDG_CACHE_HOME"
+    )
+
+
+def split_member_name(name: str) -> tuple[str, str] | None:
+    """(key, extension) by webdataset's rule; None for hidden or nameless members.
+
+    >>> split_member_name("a.b/0001.seg.png")
+    ('a.b/0001', 'seg.png')
+    """
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot:
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+class _Row:
+    """A sample while its shard is read."""
+
+    def __init__(self, key: str, duplicate: bool) -> None:
+        self.key = key
+        self.duplicate = duplicate
+        self.spans: dict[str, Span] = {}
+
+
+def _scan(path: str, stat: os.stat_result) -> tuple[Summary, NDArray[Any], bytes]:
+    rows: list[_Row] = []
+    latest: dict[str, _Row] = {}  # by key
+    seen: set[tuple[str, str]] = set()  # (key, extension)
+    faults: list[str] = []
+    for member in _members(path, stat.st_size, faults):
+        name = split_member_name(member.name)
+        part = _PART_OF.get(name[1]) if name else None
+        if name is None or part is None:
+            continue
+        key, _ = name
+        repeated = name in seen
+        seen.add(name)
+        if key not in latest or (repeated and part == "image"):
+            latest[key] = _Row(key, duplicate=repeated)
+            rows.append(latest[key])
+        # The first of two pictures (say .jpg and .png) of one key is the sample's.
+        latest[key].spans.setdefault(part, Span(member.offset_data, min(member.size, _LARGEST)))
+    rows = [row for row in rows if "image" in row.spans]
+    keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
+    table = np.zeros(len(rows), _TABLE)
+    for part in _PARTS:
+        spans = [row.spans.get(part, Span(-1, 0)) for row in rows]
+        table[f"{part}_at"] = [span.offset for span in spans]
+        table[f"{part}_size"] = [span.size for span in spans]
+    table["key_end"] = np.cumsum([len(key) for key in keys])
+    table["duplicate"] = [row.duplicate for row in rows]
+    summary = Summary(
+        size=stat.st_size,
+        mtime_ns=stat.st_mtime_ns,
+        samples=len(rows),
+        texts=int((table["text_at"] >= 0).sum()),
+        jsons=int((table["json_at"] >= 0).sum()),
+        fault=faults[0] if faults else "",
+        key_bytes=sum(map(len, keys)),
+    )
+    return summary, table, b"".join(keys)
+
+
+def _members(path: str, size: int, faults: list[str]) -> Iterator[tarfile.TarInfo]:
+    """The complete ordinary files of a tar; what is wrong with the tar goes to ``faults``."""
+    try:
+        archive = tarfile.open(path, "r:")
+    except tarfile.ReadError:
+        faults.append("not a tar file" if size else "empty file")
+        return
+    with archive:
+        while True:
+            try:
+                member = archive.next()
+            except tarfile.ReadError:
+                faults.append("truncated shard")
+                return
+            if member is None:
+                _check_end(archive, faults)
+                return
+            archive.members = []  # or it keeps every member that it met
+            if member.offset_data + member.size > size:
+                faults.append("truncated shard")
+                return
+            if member.isreg() and not member.issparse():
+                yield member
+
+
+def _check_end(archive: tarfile.TarFile, faults: list[str]) -> None:
+    """A writer that finished left a block of zeros; the library stops at anything else too."""
+    assert archive.fileobj is not None
+    archive.fileobj.seek(archive.offset)
+    block = archive.fileobj.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        faults.append("truncated shard")
+    elif block.strip(b"\0"):
+        faults.append("broken shard")
+
+
+def _places(path: str) -> list[Path]:
+    """Where an index may lie: beside the shard, the cache folder, the temporary folder."""
+    real = os.path.realpath(path)
+    name = hashlib.sha256(os.fsencode(real)).hexdigest()[:32] + ".index"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    scratch = Path(tempfile.gettempdir()) / f"diff_dalle-{os.getuid()}"
+    return [Path(f"{real}.index"), cache / "diff_dalle" / "shards" / name, scratch / name]
+
+
+def _header_size(path: str | Path) -> int:
+    with open(path, "rb") as file:
+        return len(file.readline())
+
+
+def _read_summary(path: Path) -> Summary | None:
+    """None where there is no index, or one that is damaged or of another format."""
+    try:
+        with open(path, "rb") as file:
+            header = file.readline()
+            content = json.loads(header)
+            if content.pop("format") != _FORMAT:
+                return None
+            summary = Summary(**content)
+            length = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return None
+    expected = len(header) + summary.samples * _TABLE.itemsize + summary.key_bytes
+    return summary if length == expected else None
+
+
+def _write(path: Path, summary: Summary, table: NDArray[Any], keys: bytes) -> None:
+    """Whole or not at all: several ranks may build the same index at the same time."""
+    header = json.dumps({"format": _FORMAT, **vars(summary)}).encode()
+    header = header.ljust(-(-(len(header) + 1) // _ALIGNMENT) * _ALIGNMENT - 1) + b"\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, draft = tempfile.mkstemp(prefix=".", suffix=".index", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(header + table.tobytes() + keys)
+        os.chmod(draft, 0o644)
+        os.replace(draft, path)
+    except BaseException:
+        os.unlink(draft)
+        raise

@@ -1,0 +1,155 @@
+"""Which tar files ``--data_dir`` means: folders, brace and glob patterns, single files.
+
+Only regular local files are opened. Whatever is missing, empty or of another shape is refused
+in one line that says what was found.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob
+from itertools import islice
+from pathlib import Path
+
+from diff_dalle.errors import UsageError
+
+_SPLITS = ("train", "val")  # what `scripts/make_demo_data.py` writes side by side
+_LOOSE_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LOOK_AT = 10_000  # files of a folder that holds no shards, to tell the user what it holds
+_TO_PACK = "pack them into tar shards first (see the data chapter of the README)"
+
+
+@dataclass(frozen=True)
+class ShardFile:
+    """One tar file.
+
+    Attributes:
+        path: where it lies.
+        name: its path below the entry of ``--data_dir`` that led to it: the same wherever the
+            dataset is copied to.
+    """
+
+    path: str
+    name: str
+
+
+def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFile]:
+    """All shards of all entries: entries in the order given, shards of one sorted by name.
+
+    Args:
+        entries: each a folder (searched recursively for ``*.tar``), a tar file, a brace pattern
+            such as ``data/{00000..00099}.tar`` (gaps are allowed), or a glob pattern.
+        flag: the name of the flag, for messages.
+    Raises:
+        UsageError: an entry is missing, empty, remote, a pipe, or holds something else.
+    """
+    if not entries:
+        raise UsageError(f"--{flag} is missing: name a folder with tar shards")
+    found: dict[str, ShardFile] = {}
+    for entry in entries:
+        for shard in _expand(entry, flag):
+            found.setdefault(os.path.realpath(shard.path), shard)
+    return list(found.values())
+
+
+def _expand(entry: str, flag: str) -> list[ShardFile]:
+    if entry.startswith("pipe:"):
+        raise UsageError(f"--{flag} {entry}: pipe: would run a program, name files or folders")
+    if "://" in entry:
+        raise UsageError(f"--{flag} {entry}: remote shards cannot be read, copy them to a disk")
+    if os.path.isdir(entry):
+        return _in_folder(entry, flag)
+    if os.path.lexists(entry):
+        return [_one_file(entry, entry, flag)]
+    if any(letter in entry for letter in "{*?["):
+        return _matching(entry, flag)
+    hint = _nearest_folder(entry)
+    raise UsageError(f"--{flag} {entry}: no such file or folder{hint}")
+
+
+def _one_file(path: str, entry: str, flag: str) -> ShardFile:
+    if not os.path.isfile(path):
+        raise UsageError(f"--{flag} {entry}: not a regular file, name a tar file or a folder")
+    if not path.endswith(".tar"):
+        raise UsageError(f"--{flag} {entry}: not a .tar file, name tar shards or their folder")
+    return ShardFile(path=path, name=os.path.basename(path))
+
+
+def _matching(pattern: str, flag: str) -> list[ShardFile]:
+    from braceexpand import UnbalancedBracesError, braceexpand
+
+    try:
+        spelled = list(braceexpand(pattern))
+    except UnbalancedBracesError as error:
+        raise UsageError(f"--{flag} {pattern}: the braces do not match") from error
+    paths, missing = [], 0
+    for one in spelled:
+        matches = sorted(glob(one)) if any(letter in one for letter in "*?[") else [one]
+        existing = [path for path in matches if os.path.exists(path)]
+        missing += not existing
+        paths.extend(existing)
+    if not paths:
+        raise UsageError(f"--{flag} {pattern}: no file matches, e.g. {spelled[0]} is missing")
+    if missing:
+        warnings.warn(f"--{flag} {pattern}: {missing} of {len(spelled)} are missing", stacklevel=2)
+    return [_one_file(path, pattern, flag) for path in paths]
+
+
+def _in_folder(folder: str, flag: str) -> list[ShardFile]:
+    paths = sorted(path for path in _files(folder) if path.endswith(".tar"))
+    shards = [
+        ShardFile(path=path, name=Path(path).relative_to(folder).as_posix())
+        for path in paths
+        if os.path.isfile(path)
+    ]
+    if not shards:
+        raise UsageError(f"--{flag} {folder}: {_what_lies_in(folder)}")
+    tops = {shard.name.split("/")[0] for shard in shards if "/" in shard.name}
+    if tops.issuperset(_SPLITS):
+        train = os.path.join(folder, _SPLITS[0])
+        raise UsageError(
+            f"--{flag} {folder} holds both train and val shards: name one, e.g. {train}"
+        )
+    return shards
+
+
+def _files(folder: str) -> Iterator[str]:
+    """Every visible file below a folder; links are followed, loops are not."""
+    seen = set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield from (os.path.join(where, name) for name in names if not name.startswith("."))
+
+
+def _what_lies_in(folder: str) -> str:
+    paths = list(islice(_files(folder), _LOOK_AT))
+    if not paths:
+        return "an empty folder, put tar shards there or name another"
+    counts = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in paths)
+    images = sum(counts[extension] for extension in _LOOSE_IMAGES)
+    if images:
+        return f"no .tar shards but {images} loose images, {_TO_PACK}"
+    compressed = [path for path in paths if path.endswith(_COMPRESSED)]
+    if compressed:
+        name = os.path.basename(compressed[0])
+        return f"only compressed archives such as {name}, unpack them to plain .tar files"
+    listing = ", ".join(f"{count} {kind}" for kind, count in counts.most_common(3))
+    return f"no .tar shards (found: {listing}), name a folder with tar shards"
+
+
+def _nearest_folder(path: str) -> str:
+    """Which part of a missing path exists, so that a typing error is quick to see."""
+    parent = Path(path).absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    return f" ({parent} exists)" if parent != parent.parent else ""

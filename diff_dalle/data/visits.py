@@ -1,0 +1,148 @@
+"""From positions in an order to the arrays of a batch: read, decode, vary, tokenise.
+
+Runs inside the worker processes. What a visit draws (caption, flip, crop) is a function of
+(run seed, epoch, key), so it is the same in any batch, worker and rank.
+
+Notation: B batch, S pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from diff_dalle.data.batch import BadSample, Batch
+from diff_dalle.data.dataset import Dataset
+from diff_dalle.data.images import Crop, decode
+from diff_dalle.data.order import Slot
+from diff_dalle.keyed_noise import key_of, uniform
+
+# Training draws its noise from the same seeds, with streams that count from 0.
+_STREAM = 1_000_000
+_CAPTION, _FLIP, _CROP, _TOP, _LEFT, _DRAWS = range(6)
+
+
+class CaptionEncoder(Protocol):
+    """What is needed of a tokenizer."""
+
+    def encode(self, captions: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids, int64 [B,L], and the mask of real tokens, bool [B,L]."""
+
+
+class VisitOrder(Protocol):
+    """What is visited at each position; None is padding."""
+
+    def slot(self, position: int) -> Slot | None:
+        """The sample and epoch at a position ≥ 0."""
+
+
+class Arrays(NamedTuple):
+    """A `Batch` as numpy arrays, which travel between processes without shared memory.
+
+    Containers often grant 64 MB of shared memory, less than a few batches at 1024 pixels.
+    """
+
+    image: NDArray[np.uint8]
+    tokens: NDArray[np.int64] | None
+    mask: NDArray[np.bool_] | None
+    valid: NDArray[np.bool_]
+    seed: NDArray[np.int64]
+    keys: list[str]
+    bad: list[tuple[str, str, str]]
+
+    def to_batch(self) -> Batch:
+        """The same memory as tensors."""
+        return Batch(
+            image=torch.from_numpy(self.image),
+            tokens=None if self.tokens is None else torch.from_numpy(self.tokens),
+            mask=None if self.mask is None else torch.from_numpy(self.mask),
+            valid=torch.from_numpy(self.valid),
+            seed=torch.from_numpy(self.seed),
+            keys=self.keys,
+            bad=self.bad,
+        )
+
+
+class Visits(torch.utils.data.Dataset[Arrays]):
+    """The map-style dataset that a `torch.utils.data.DataLoader` asks for whole batches."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: VisitOrder,
+        *,
+        tokenizer: CaptionEncoder | None,
+        text_length: int,
+        training: bool,
+    ) -> None:
+        """Visits of a dataset in an order.
+
+        Args:
+            dataset: where the samples come from.
+            order: what is visited at each position.
+            tokenizer: None for a run without text.
+            text_length: L.
+            training: vary each visit as ``dataset.cfg`` asks and draw one of the captions;
+                else the centre square and the first caption.
+        """
+        self._dataset = dataset
+        self._order = order
+        self._tokenizer = tokenizer
+        self._text_length = text_length
+        self._training = training
+
+    def __getitems__(self, positions: Sequence[int]) -> Arrays:
+        """The batch at some positions; broken samples keep their rows."""
+        size, count = self._dataset.image_size, len(positions)
+        slots = [self._order.slot(position) for position in positions]
+        places = [None if slot is None else self._dataset.entry(slot.sample) for slot in slots]
+        keys = ["" if place is None else place[1].key for place in places]
+        seeds = [
+            0 if slot is None else key_of(self._dataset.seed, slot.epoch, key)
+            for slot, key in zip(slots, keys, strict=True)
+        ]
+        seed = np.array(seeds, dtype=np.int64)
+        draws = uniform(torch.from_numpy(seed), (_DRAWS,), _STREAM).tolist()  # [B][_DRAWS]
+        image = np.zeros((count, 3, size, size), dtype=np.uint8)
+        valid = np.zeros(count, dtype=np.bool_)
+        captions, bad = [""] * count, []
+        for row, (slot, place) in enumerate(zip(slots, places, strict=True)):
+            if slot is None or place is None:
+                continue
+            try:
+                captions[row] = self._visit(slot.sample, draws[row], image[row])
+                valid[row] = True
+            except BadSample as reason:
+                bad.append((place[0].path, keys[row], str(reason)))
+        tokens, mask = self._tokenise(captions)
+        return Arrays(image, tokens, mask, valid, seed, keys, bad)
+
+    def _visit(self, sample: int, draws: list[float], image: NDArray[np.uint8]) -> str:
+        """Fill in the image [3,S,S] and return the caption, "" without text."""
+        cfg, raw = self._dataset.cfg, self._dataset.read(sample)
+        caption = ""
+        if self._tokenizer is not None:
+            captions = self._dataset.captions_of(raw)
+            drawn = captions.choices[int(draws[_CAPTION] * len(captions.choices))]
+            caption = drawn if self._training else captions.first
+        crop = Crop(draws[_CROP], draws[_TOP], draws[_LEFT])
+        image[:] = decode(
+            raw.image,
+            self._dataset.image_size,
+            crop=crop if self._training and cfg.random_crop else None,
+            flip=self._training and cfg.random_flip and draws[_FLIP] < 0.5,
+        )
+        return caption
+
+    def _tokenise(
+        self, captions: list[str]
+    ) -> tuple[NDArray[np.int64] | None, NDArray[np.bool_] | None]:
+        if self._tokenizer is None:
+            return None, None
+        tokens, mask = self._tokenizer.encode(captions, self._text_length)
+        return tokens.numpy(), mask.numpy()

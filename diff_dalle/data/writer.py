@@ -1,0 +1,159 @@
+"""Captioned pictures into webdataset shards, byte for byte the same however many processes draw.
+
+A shard is a tar file: for each sample ``key.png`` or ``key.jpg``, ``key.txt`` (the first
+caption) and ``key.json`` (all captions and what else is known). Times and owners are left out.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+FORMATS = ("png", "jpg")
+_BLOCK = 16  # samples that a drawing process is given at a time
+
+
+class Picture(Protocol):
+    """Something that can be drawn at any size; it travels to other processes (pickle)."""
+
+    def draw(self, size: int) -> NDArray[np.uint8]:
+        """RGB [size, size, 3]."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One picture before it is drawn.
+
+    Attributes:
+        key: its name in the shard, without a dot.
+        captions: at least one; the first goes to ``key.txt``.
+        truth: further JSON values for ``key.json``.
+        picture: what to draw.
+    """
+
+    key: str
+    captions: list[str]
+    truth: dict[str, Any]
+    picture: Picture
+
+
+def write_shards(
+    folder: str | Path,
+    sample: Callable[[int], Sample],
+    count: int,
+    *,
+    image_size: int,
+    image_format: str = "png",
+    samples_per_shard: int = 1000,
+    num_workers: int = 0,
+) -> dict[str, int]:
+    """Write ``00000.tar``, ``00001.tar``, ... and show progress.
+
+    A shard is written aside and renamed when whole; one that is there already is kept, so an
+    interrupted run goes on where it was.
+
+    Args:
+        folder: made if missing.
+        sample: index -> sample, the same at every call.
+        count: how many samples.
+        image_size: pixels of a picture's side.
+        image_format: "png", or "jpg" (quality 95, full colour resolution).
+        samples_per_shard: the last shard may hold fewer.
+        num_workers: processes that draw; 0 draws in this one.
+    Returns:
+        shard name -> its size in bytes.
+    """
+    from tqdm import tqdm
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    encode = functools.partial(_encode, size=image_size, image_format=image_format)
+    starts = range(0, count, samples_per_shard)
+    paths = [folder / f"{number:05d}.tar" for number in range(len(starts))]
+    with tqdm(total=count, desc=folder.name, unit="img") as bar, _pool(num_workers) as pool:
+        for start, path in zip(starts, paths, strict=True):
+            samples = map(sample, range(start, min(start + samples_per_shard, count)))
+            if path.exists():
+                bar.update(min(samples_per_shard, count - start))
+                continue
+            encoded = map(encode, samples) if pool is None else _spread(pool, encode, samples)
+            aside = path.with_suffix(".tar.part")
+            with open(aside, "wb") as file:
+                _write_tar(file, encoded, on_sample=bar.update)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+    return {path.name: path.stat().st_size for path in paths}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a readable JSON file, whole or not at all."""
+    aside = path.with_name(path.name + ".part")
+    aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _encode(sample: Sample, size: int, image_format: str) -> list[tuple[str, bytes]]:
+    """(member name, content) of one sample, in the order in which they are written."""
+    picture, file = Image.fromarray(sample.picture.draw(size)), io.BytesIO()
+    if image_format == "png":
+        picture.save(file, "PNG")
+    else:
+        # Halved colour resolution would blur the edges of flat drawings.
+        picture.save(file, "JPEG", quality=95, subsampling=0)
+    first = sample.captions[0]
+    facts = {"caption": first, "captions": sample.captions, **sample.truth}
+    return [
+        (f"{sample.key}.{image_format}", file.getvalue()),
+        (f"{sample.key}.txt", first.encode()),
+        (f"{sample.key}.json", json.dumps(facts, ensure_ascii=False).encode()),
+    ]
+
+
+def _write_tar(
+    file: io.BufferedWriter,
+    encoded: Iterable[list[tuple[str, bytes]]],
+    on_sample: Callable[[int], object],
+) -> None:
+    # The standard library's writer: webdataset's stamps its own owner names and the time.
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for members in encoded:
+            for name, content in members:
+                entry = tarfile.TarInfo(name)  # mode 0644, time 0, no owner
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
+            on_sample(1)
+
+
+def _spread(
+    pool: Executor,
+    encode: Callable[[Sample], list[tuple[str, bytes]]],
+    samples: Iterable[Sample],
+) -> Iterator[list[tuple[str, bytes]]]:
+    """Encode in other processes; the order stays."""
+    return pool.map(encode, samples, chunksize=_BLOCK)
+
+
+@contextmanager
+def _pool(num_workers: int) -> Iterator[Executor | None]:
+    """Processes that start afresh: a fork would copy threads' locks (tokenizers, torch)."""
+    if num_workers == 0:
+        yield None
+        return
+    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
+        yield pool

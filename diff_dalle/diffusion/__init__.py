@@ -1,0 +1,1 @@
+"""The noise process, its losses and its samplers. They see callables, never a network class."""

@@ -1,0 +1,231 @@
+"""Noise schedules: how much noise each diffusion step holds, and which steps sampling keeps.
+
+Steps count from 0 here (the papers count from 1), so step 0 is the least noisy one. All tables
+are float64 on the CPU, shape [T] with T the number of steps. Symbols: docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import AUTO, knob, require, require_choice
+
+PREDICTIONS = ("eps", "x0", "v")
+
+
+def betas_linear(num_steps: int) -> Tensor:
+    """Variances that grow linearly, 1e-4 to 0.02 at 1000 steps (Ho et al. 2020, section 4).
+
+    Other step counts scale both ends by 1000 / num_steps, so that the whole process adds about
+    the same noise. Float64 [T]. Needs more than 20 steps: at 20 the
+    last variance is 1 and nothing of the image is left.
+    """
+    scale = 1000 / num_steps
+    return torch.linspace(scale * 1e-4, scale * 0.02, num_steps, dtype=torch.float64)
+
+
+def betas_cosine(num_steps: int) -> Tensor:
+    """Variances whose alpha_bar follows a squared cosine (Nichol and Dhariwal 2021, eq. 17).
+
+    Clipped at 0.999, as the paper does, against a singularity at the last step. Float64 [T].
+    """
+    time = torch.arange(num_steps + 1, dtype=torch.float64) / num_steps
+    alpha_bar = torch.cos((time + 0.008) / 1.008 * math.pi / 2) ** 2  # [T+1]
+    return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": betas_linear, "cosine": betas_cosine}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig:
+    """The noise process a network is trained for. A checkpoint is bound to it."""
+
+    noise_schedule: str = knob(AUTO, "linear or cosine; auto: cosine up to 64 pixels, else linear")
+    diffusion_steps: int = knob(1000, "steps of the process that the network is trained for")
+    prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
+    predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
+    rescale_timesteps: bool = knob(False, "tell the network a time in 0..1000 at any step count")
+    sigma_small: bool = knob(False, "without --learn_sigma: the smaller of the fixed variances")
+
+    def __post_init__(self) -> None:
+        """Raise a `UsageError` that names the wrong field."""
+        require_choice("noise_schedule", self.noise_schedule, [AUTO, *SCHEDULES])
+        require_choice("prediction", self.prediction, PREDICTIONS)
+        least = 1 if self.noise_schedule == "cosine" else 21
+        require(
+            self.diffusion_steps >= least,
+            "diffusion_steps",
+            self.diffusion_steps,
+            f"be at least {least} with --noise_schedule {self.noise_schedule}",
+        )
+        require(
+            not (self.predict_xstart and self.prediction == "v"),
+            "prediction",
+            self.prediction,
+            "be x0 (or left out) when --predict_xstart is True",
+        )
+
+    def resolve(self, image_size: int) -> str:
+        """The schedule's name: cosine for ``auto`` up to 64 pixels a side, linear above."""
+        if self.noise_schedule != AUTO:
+            return self.noise_schedule
+        return "cosine" if image_size <= 64 else "linear"
+
+    @property
+    def resolved_prediction(self) -> str:
+        """What the network predicts, whichever way it was asked for."""
+        return "x0" if self.predict_xstart else self.prediction
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """The constants of one noise process, whole or respaced.
+
+    Attributes:
+        betas: float64 [T], variance added by each step.
+        alpha_bar: float64 [T], share of the image's variance that is left after each step.
+        timestep_map: int64 [T], the step of the base process that each step stands for.
+        base_steps: number of steps of the base process, the one the network was trained for.
+    """
+
+    betas: Tensor
+    alpha_bar: Tensor
+    timestep_map: Tensor
+    base_steps: int
+
+    @classmethod
+    def make(cls, name: str, num_steps: int) -> Schedule:
+        """The schedule called ``name`` ("linear" or "cosine")."""
+        return cls.from_betas(SCHEDULES[name](num_steps))
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> Schedule:
+        """A base process from its variances, each in (0, 1). A `ValueError` otherwise."""
+        betas = betas.to("cpu", torch.float64)
+        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
+            raise ValueError("betas must be a vector of numbers between 0 and 1, both excluded")
+        return cls(betas, torch.cumprod(1 - betas, 0), torch.arange(len(betas)), len(betas))
+
+    def respace(self, spec: str) -> Schedule:
+        """The process that visits only the steps of ``spec`` (Nichol and Dhariwal 2021, eq. 19).
+
+        ``alpha_bar`` at the kept steps is unchanged; the variances follow from it. The spec is
+        that of `space_timesteps` and refers to the steps of this process.
+        """
+        kept = torch.tensor(space_timesteps(len(self.betas), spec))
+        alpha_bar = self.alpha_bar[kept]
+        betas = 1 - alpha_bar / _shift_right(alpha_bar, 1.0)
+        return Schedule(betas, alpha_bar, self.timestep_map[kept], self.base_steps)
+
+    @cached_property
+    def alpha_bar_prev(self) -> Tensor:
+        """alpha_bar one step towards the image; 1 before step 0. Float64 [T]."""
+        return _shift_right(self.alpha_bar, 1.0)
+
+    @cached_property
+    def alpha_bar_next(self) -> Tensor:
+        """alpha_bar one step towards the noise; 0 after the last step. Float64 [T]."""
+        return torch.cat([self.alpha_bar[1:], self.alpha_bar.new_zeros(1)])
+
+    @cached_property
+    def log_snr(self) -> Tensor:
+        """log(alpha_bar / (1 - alpha_bar)), which falls with every step. Float64 [T]."""
+        return torch.logit(self.alpha_bar)
+
+    @cached_property
+    def posterior_variance(self) -> Tensor:
+        """Variance of q(x_{t-1} | x_t, x_0); 0 at step 0 (Ho et al. 2020, eq. 7). Float64 [T]."""
+        return self.betas * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+
+    @cached_property
+    def posterior_log_variance(self) -> Tensor:
+        """Its logarithm, with step 1's value at step 0, where the variance is 0. Float64 [T]."""
+        if len(self.betas) == 1:  # one step alone: any finite value serves, it is never drawn from
+            return self.betas.log()
+        return torch.cat([self.posterior_variance[1:2], self.posterior_variance[1:]]).log()
+
+    @cached_property
+    def large_log_variance(self) -> Tensor:
+        """Log of beta, the upper fixed variance, with the posterior's at step 0. Float64 [T]."""
+        return torch.cat([self.posterior_log_variance[:1], self.betas[1:].log()])
+
+    @cached_property
+    def posterior_coef_x_0(self) -> Tensor:
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
+        return self.betas * self.alpha_bar_prev.sqrt() / (1 - self.alpha_bar)
+
+    @cached_property
+    def posterior_coef_x_t(self) -> Tensor:
+        """Weight of x_t in the mean of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
+        return (1 - self.alpha_bar_prev) * (1 - self.betas).sqrt() / (1 - self.alpha_bar)
+
+
+def space_timesteps(num_steps: int, spec: str) -> list[int]:
+    """The steps that a respacing keeps, in rising order.
+
+    Args:
+        num_steps: steps of the process to choose from.
+        spec: ``""`` for all; ``"250"`` for 250 evenly spaced ones, both ends included;
+            ``"10,15,20"`` for so many in each of three equal sections; ``"ddim25"`` for 25 at a
+            fixed integer stride from step 0 (Song et al. 2021).
+    Raises:
+        UsageError: the text means nothing, or so many steps do not exist.
+    """
+    if spec == "":
+        return list(range(num_steps))
+    counts = spec.removeprefix("ddim").split(",")
+    if not all(count.strip().isdecimal() for count in counts):
+        raise _respacing_error(spec, "be a count (250), counts (10,15,20) or ddimN (ddim25)")
+    if spec.startswith("ddim"):
+        return _stride(num_steps, spec)
+    return _sections(num_steps, [int(count) for count in counts], spec)
+
+
+def _stride(num_steps: int, spec: str) -> list[int]:
+    """Steps 0, s, 2s, ... for the integer stride s that gives the wanted number of them."""
+    by_count = {len(range(0, num_steps, s)): s for s in range(num_steps, 0, -1)}
+    wanted = spec.removeprefix("ddim")
+    if "," in wanted or int(wanted) not in by_count:
+        near = sorted(by_count, key=lambda n: abs(n - int(wanted.split(",")[0])))[:2]
+        choices = " or ".join(f"ddim{n}" for n in sorted(near))
+        raise _respacing_error(
+            spec, f"be a count that an integer stride over {num_steps} steps gives, as {choices}"
+        )
+    return list(range(0, num_steps, by_count[int(wanted)]))
+
+
+def _sections(num_steps: int, counts: list[int], spec: str) -> list[int]:
+    """``counts[i]`` evenly spaced steps in section i, both ends of the section included."""
+    size, extra = divmod(num_steps, len(counts))
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        length = size + (1 if i < extra else 0)
+        if count > length:
+            raise _respacing_error(spec, f"ask for at most {length} steps in section {i + 1}")
+        stride = (length - 1) / (count - 1) if count > 1 else 1.0
+        # A running sum, not a product: the field's checkpoints were sampled at these steps.
+        positions = itertools.accumulate(itertools.repeat(stride, max(count - 1, 0)), initial=0.0)
+        kept += [start + round(position) for position in positions][:count]
+        start += length
+    if not kept:
+        raise _respacing_error(spec, "keep at least one step")
+    return kept
+
+
+def _respacing_error(spec: str, must: str) -> UsageError:
+    return UsageError(f"--timestep_respacing is {spec!r}: it must {must}")
+
+
+def _shift_right(table: Tensor, first: float) -> Tensor:
+    """[first, table[0], ..., table[T-2]]."""
+    return torch.cat([table.new_tensor([first]), table[:-1]])

@@ -1,0 +1,151 @@
+"""From a checkpoint file to a model that is ready to sample: no flag repeats the training's.
+
+A checkpoint carries its run's configuration and tokenizer. What a user states all the same is
+compared with the checkpoint of the stage whose ``image_size`` it names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diff_dalle.config import (
+    ClassifierRun,
+    GeneratorRun,
+    from_flat,
+    make_diffusion,
+    shaping_fields,
+    to_flat,
+)
+from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.errors import UsageError
+from diff_dalle.models.clip import NoisyCLIP
+from diff_dalle.models.generator import Generator
+from diff_dalle.training.checkpoints import Checkpoint, load_weights
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """One stage of a cascade, in evaluation mode."""
+
+    generator: Generator
+    diffusion: GaussianDiffusion
+    tokenizer: Tokenizer | None
+    run: GeneratorRun
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A noised CLIP, in evaluation mode."""
+
+    clip: NoisyCLIP
+    diffusion: GaussianDiffusion
+    tokenizer: Tokenizer
+    run: ClassifierRun
+    checkpoint: Checkpoint
+
+
+def load_generator(path: str, device: torch.device | str = "cpu") -> LoadedGenerator:
+    """The generator of a checkpoint.
+
+    Raises:
+        UsageError: the file is no checkpoint, is damaged, or holds a CLIP.
+    """
+    checkpoint = load_weights(path)
+    if checkpoint.kind != GeneratorRun.kind:
+        raise UsageError(
+            f"{path} holds a {checkpoint.kind}, not a generator: give it as --classifier_path"
+        )
+    run = from_flat(GeneratorRun, checkpoint.config)
+    generator = Generator(run.generator, run.unet, run.text)
+    _load_state(generator, checkpoint, path)
+    return LoadedGenerator(
+        generator=generator.to(device).eval().requires_grad_(False),
+        diffusion=make_diffusion(run),
+        tokenizer=_tokenizer(checkpoint),
+        run=run,
+        checkpoint=checkpoint,
+    )
+
+
+def load_classifier(path: str, device: torch.device | str = "cpu") -> LoadedClassifier:
+    """The noised CLIP of a checkpoint.
+
+    Raises:
+        UsageError: the file is no checkpoint, is damaged, or holds a generator.
+    """
+    checkpoint = load_weights(path)
+    if checkpoint.kind != ClassifierRun.kind:
+        raise UsageError(
+            f"{path} holds a {checkpoint.kind}, not a classifier: give it as --model_path"
+        )
+    run = from_flat(ClassifierRun, checkpoint.config)
+    clip = NoisyCLIP(run.clip)
+    _load_state(clip, checkpoint, path)
+    tokenizer = _tokenizer(checkpoint)
+    if tokenizer is None:
+        raise UsageError(f"{path} carries no tokenizer: it is damaged, train the CLIP again")
+    return LoadedClassifier(
+        clip=clip.to(device).eval().requires_grad_(False),
+        diffusion=make_diffusion(run),
+        tokenizer=tokenizer,
+        run=run,
+        checkpoint=checkpoint,
+    )
+
+
+def check_stated(
+    stated: Mapping[str, Any], stages: Sequence[LoadedGenerator | LoadedClassifier]
+) -> None:
+    """Refuse architecture flags that contradict the checkpoint they describe.
+
+    Args:
+        stated: the flags that the user typed.
+        stages: all loaded models; a flag speaks of those with the stated ``image_size`` (or,
+            where no ``image_size`` is stated, of the first).
+    Raises:
+        UsageError: one flag differs, showing both values.
+    """
+    if not stages:
+        return
+    size = stated.get("image_size", stages[0].run.image_size)
+    if not any(stage.run.image_size == size for stage in stages):
+        sizes = ", ".join(str(stage.run.image_size) for stage in stages)
+        raise UsageError(f"--image_size is {size}, but the checkpoints make {sizes}")
+    for stage in stages:
+        if stage.run.image_size == size:
+            _compare(stated, stage)
+
+
+def _compare(stated: Mapping[str, Any], stage: LoadedGenerator | LoadedClassifier) -> None:
+    known = to_flat(stage.run)
+    process = stage.run.process
+    known["noise_schedule"] = process.resolve(stage.run.image_size)
+    for name, value in stated.items():
+        if name not in known or name not in shaping_fields():
+            continue
+        given = list(value) if isinstance(value, tuple) else value
+        if given != known[name] and given != "auto":
+            raise UsageError(
+                f"--{name} is {given}, but the {stage.run.kind} of {stage.run.image_size} px "
+                f"was trained with {known[name]}: leave the flag out"
+            )
+
+
+def _load_state(module: torch.nn.Module, checkpoint: Checkpoint, path: str) -> None:
+    try:
+        module.load_state_dict(checkpoint.state_dict)
+    except RuntimeError as problem:
+        reason = str(problem).splitlines()[1].strip()
+        raise UsageError(f"{path} does not fit its own configuration: {reason}") from problem
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    if checkpoint.tokenizer_json is None:
+        return None
+    return Tokenizer.from_json(checkpoint.tokenizer_json)

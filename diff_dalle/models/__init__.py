@@ -1,0 +1,1 @@
+"""Networks: text encoder, U-Net, generator of one stage, noised CLIP."""

@@ -1,0 +1,161 @@
+"""One stage of the cascade: text encoder, U-Net and the low-resolution input.
+
+Notation: B batch, H W pixels of the image, h w of the low-resolution one, L tokens, D width of
+the text, E = 4 * num_channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import knob, require
+from diff_dalle.models.layers import LevelEmbedding
+from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_mean
+from diff_dalle.models.unet import UNet, UNetConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """Knobs of one stage."""
+
+    cond_text: bool = knob(True, "read captions; False: no text modules at all")
+    small_size: int = knob(0, "pixels of the low-resolution input; 0: a base stage without one")
+    learn_sigma: bool = knob(True, "predict the variance too (three more output channels)")
+    aug_level_cond: bool = knob(
+        True, "tell the upsampler the noise level of its low-resolution input"
+    )
+
+    def __post_init__(self) -> None:
+        require(self.small_size >= 0, "small_size", self.small_size, "not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cond:
+    """What a generator is told beside the noised image and the timestep.
+
+    Attributes:
+        tokens: int64 [B,L].
+        mask: bool [B,L], True where a token is real.
+        drop: bool [B], captions to replace by the learned null embedding; None: none of them.
+        text: [B,L,D], the encoded tokens (then ``tokens`` is not read); see `Generator.encode`.
+        low_res: [B,3,h,w] in [-1, 1], already blurred and noised.
+        aug_level: float [B] in [0, 1], the noise level of ``low_res``; None: 0.
+    """
+
+    tokens: Tensor | None = None
+    mask: Tensor | None = None
+    drop: Tensor | None = None
+    text: Tensor | None = None
+    low_res: Tensor | None = None
+    aug_level: Tensor | None = None
+
+
+def check_sizes(cfg: GeneratorConfig, unet: UNetConfig) -> None:
+    """Raise a `UsageError` unless ``small_size`` fits ``image_size``."""
+    small, size = cfg.small_size, unet.image_size
+    if small and (small >= size or size % small):
+        raise UsageError(
+            f"--small_size is {small}: it must be smaller than --image_size ({size}) and divide it"
+        )
+
+
+class Generator(nn.Module):
+    """One stage of the cascade.
+
+    Args:
+        cfg: the stage's knobs.
+        unet: the U-Net's knobs.
+        text: the text encoder's knobs; not read when ``cfg.cond_text`` is False.
+    """
+
+    def __init__(self, cfg: GeneratorConfig, unet: UNetConfig, text: TextEncoderConfig) -> None:
+        super().__init__()
+        check_sizes(cfg, unet)
+        self.cfg = cfg
+        embedding = 4 * unet.num_channels
+        self.text_encoder: TextEncoder | None = None
+        if cfg.cond_text:
+            self.text_encoder = TextEncoder(text)
+            # Of the size of the encoder's normalised output, whose place it takes.
+            self.null_text = nn.Parameter(torch.randn(text.enc_attn_dim))
+            self.pooled_text = nn.Linear(text.enc_attn_dim, embedding)
+        self.aug_embed: LevelEmbedding | None = None
+        if cfg.small_size and cfg.aug_level_cond:
+            self.aug_embed = LevelEmbedding(unet.num_channels, embedding)
+        self.unet = UNet(
+            unet,
+            in_channels=6 if cfg.small_size else 3,
+            out_channels=6 if cfg.learn_sigma else 3,
+            text_dim=text.enc_attn_dim if cfg.cond_text else None,
+        )
+
+    def encode(self, cond: Cond) -> Cond:
+        """Fill in ``text``, so that a sampler runs the text encoder once and not every step.
+
+        Returns:
+            ``cond`` with ``text`` [B,L,D]; unchanged when it is there or not needed. ``drop``
+            still works afterwards, so one encoding serves both halves of guidance.
+        """
+        if self.text_encoder is None or cond.text is not None:
+            return cond
+        if cond.tokens is None or cond.mask is None:
+            missing = "tokens" if cond.tokens is None else "mask"
+            raise ValueError(f"Cond.{missing} is missing: this generator reads text")
+        return replace(cond, text=self.text_encoder(cond.tokens, cond.mask))
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
+        """Predict from a noised image.
+
+        Args:
+            x_t: [B,3,H,W].
+            t: [B] timesteps, integer or float, 0 … 1000.
+            cond: what the stage is told; a missing or needless field is a ValueError.
+        Returns:
+            [B,6,H,W] with ``learn_sigma`` (mean's channels, then the variance's), else [B,3,H,W].
+        """
+        self._check(cond)
+        text, mask, extra = None, None, None
+        if self.cfg.cond_text:
+            text, mask = self._text_or_null(self.encode(cond))  # [B,L,D], [B,L]
+            extra = self.pooled_text(masked_mean(text, mask))  # [B,E]
+        if cond.low_res is not None:
+            # ADM's way, and right for crops: low_res covers what x_t covers.
+            enlarged = F.interpolate(cond.low_res, x_t.shape[2:], mode="bilinear")
+            x_t = torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1)  # [B,6,H,W]
+        if self.aug_embed is not None:
+            level = t.new_zeros(len(t)) if cond.aug_level is None else cond.aug_level
+            told = self.aug_embed(level * 1000)  # [B,E]
+            extra = told if extra is None else extra + told
+        return self.unet(x_t, t, text, mask, extra)
+
+    def _text_or_null(self, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Text [B,L,D] and mask [B,L], dropped captions replaced by one null token."""
+        text, mask, drop = cond.text, cond.mask, cond.drop
+        assert text is not None and mask is not None
+        if drop is None:
+            drop = torch.zeros(len(text), dtype=torch.bool, device=text.device)
+        # torch.where, not a branch: the null embedding is part of every step's graph, as
+        # gradient synchronisation across ranks needs.
+        first = torch.arange(text.shape[1], device=text.device) == 0  # [L]
+        text = torch.where(drop[:, None, None], self.null_text.to(text.dtype), text)
+        return text, torch.where(drop[:, None], first, mask)
+
+    def _check(self, cond: Cond) -> None:
+        if self.cfg.cond_text:
+            if cond.mask is None:
+                raise ValueError("Cond.mask is missing: this generator reads text")
+        else:
+            for name in ("tokens", "mask", "drop", "text"):
+                if getattr(cond, name) is not None:
+                    raise ValueError(f"Cond.{name} was given, but cond_text is False")
+        if self.cfg.small_size and cond.low_res is None:
+            raise ValueError("Cond.low_res is missing: this generator is an upsampler")
+        if not self.cfg.small_size:
+            for name in ("low_res", "aug_level"):
+                if getattr(cond, name) is not None:
+                    raise ValueError(f"Cond.{name} was given, but this is a base stage")

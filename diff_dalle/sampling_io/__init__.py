@@ -1,0 +1,1 @@
+"""What sampling reads and writes: its flags, prompts, checkpoint paths and output files."""

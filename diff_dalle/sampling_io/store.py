@@ -1,0 +1,97 @@
+"""Pictures of one stage on their way to an npz file, in constant memory.
+
+Every rank writes its pictures into one ``.npy`` beside the result; at the end rank 0 copies it
+into the zip. Plain writes are used, not a memory map: on a full disk a write raises, where a
+map kills the process.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+Pictures = NDArray[np.uint8]  # [N,H,W,3], or one picture [H,W,3]
+
+_CHUNK = 1 << 22  # bytes copied at once
+
+
+@dataclass(frozen=True)
+class PictureStore:
+    """``count`` pictures of ``size`` x ``size`` pixels, uint8, RGB, in the file ``path``."""
+
+    path: Path
+    count: int
+    size: int
+
+    def create(self) -> None:
+        """Write the header and give the file its full length."""
+        with open(self.path, "xb") as file:
+            shape = (self.count, self.size, self.size, 3)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            file.truncate(file.tell() + self.count * self._bytes_each)
+
+    def write(self, index: int, picture: Pictures) -> None:
+        """Put picture number ``index``, uint8 [H,W,3], in its place; any rank, any order."""
+        expected = (self.size, self.size, 3)
+        if picture.shape != expected or picture.dtype != np.uint8:
+            raise ValueError(f"picture is {picture.dtype} {picture.shape}, not uint8 {expected}")
+        with open(self.path, "r+b") as file:
+            file.seek(self._offset(index))
+            file.write(picture.tobytes())
+
+    def flush(self) -> None:
+        """Make what this process wrote durable and visible to the others."""
+        with open(self.path, "r+b") as file:
+            os.fsync(file.fileno())
+
+    def read(self, index: int) -> Pictures:
+        """Picture number ``index``, uint8 [H,W,3]."""
+        with open(self.path, "rb") as file:
+            file.seek(self._offset(index))
+            data = file.read(self._bytes_each)
+        return np.frombuffer(data, np.uint8).reshape(self.size, self.size, 3)
+
+    def pack(self, target: Path) -> None:
+        """Copy everything into ``target``, an npz with one array ``arr_0``, and fsync it."""
+        with open(target, "xb") as out:
+            with (
+                zipfile.ZipFile(out, "w", zipfile.ZIP_STORED, allowZip64=True) as archive,
+                archive.open("arr_0.npy", "w", force_zip64=True) as entry,
+                open(self.path, "rb") as source,
+            ):
+                while chunk := source.read(_CHUNK):
+                    entry.write(chunk)
+            out.flush()
+            os.fsync(out.fileno())
+
+    @property
+    def _bytes_each(self) -> int:
+        return self.size * self.size * 3
+
+    def _offset(self, index: int) -> int:
+        if not 0 <= index < self.count:
+            raise IndexError(f"picture {index} of {self.count}")
+        return os.path.getsize(self.path) - (self.count - index) * self._bytes_each
+
+
+def read_pictures(path: str | Path) -> Pictures:
+    """The array ``arr_0`` of an npz file, uint8 [N,H,W,3].
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no npz, is damaged, or holds something else.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
+            pictures: Pictures = np.lib.format.read_array(entry, allow_pickle=False)
+    except (zipfile.BadZipFile, KeyError) as problem:
+        raise ValueError(str(problem).strip("\"'")) from problem
+    if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
+        raise ValueError(f"arr_0 is {pictures.dtype} {pictures.shape}, not uint8 [N,H,W,3]")
+    return pictures

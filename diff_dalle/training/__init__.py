@@ -1,0 +1,1 @@
+"""Training: the one loop, its tasks, and what they stand on."""

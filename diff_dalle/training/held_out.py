@@ -1,0 +1,77 @@
+"""Held-out evaluations: the best weights kept, and the moment to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from diff_dalle.data.batch import Batch
+from diff_dalle.distributed import World
+from diff_dalle.training.checkpoints import save_weights
+from diff_dalle.training.ema import EMA
+from diff_dalle.training.resume import RunRecord
+from diff_dalle.training.tasks import Task
+
+SCORE = "val_loss"
+
+
+class HeldOut:
+    """Evaluates a task on held-out data, and remembers how good it has been.
+
+    Args:
+        task: what is trained.
+        ema: its averaged weights; those of the first rate are evaluated too.
+        batches: opens this rank's held-out batches, the same ones at every call.
+    """
+
+    def __init__(self, task: Task, ema: EMA, batches: Callable[[], Iterable[Batch]]) -> None:
+        self._task = task
+        self._ema = ema
+        self._batches = batches
+        self._best = math.inf
+        self._since_best = 0
+        self._improved = False
+
+    def evaluate(self) -> dict[str, float]:
+        """The task's measurements, and those of the averaged weights as ``ema_…`` (a collective).
+
+        The score is `SCORE` of the weights as they are.
+        """
+        values = self._task.evaluate(self._batches())
+        score = values.get(SCORE, math.nan)
+        self._improved = score < self._best
+        self._since_best = 0 if self._improved else self._since_best + 1
+        self._best = min(self._best, score) if self._improved else self._best
+        if self._ema.rates:
+            with self._ema.applied(self._ema.rates[0]):
+                averaged = self._task.evaluate(self._batches())
+            values |= {f"ema_{name}": value for name, value in averaged.items()}
+        return values
+
+    def keep_best(self, folder: Path, step: int, record: RunRecord, world: World) -> None:
+        """Write ``best.pt``, the weights as they are, if the last evaluation was the best."""
+        if self._improved and self._task.keeps_best and world.is_main:
+            save_weights(
+                folder / "best.pt",
+                kind=record.kind,
+                config=record.config,
+                tokenizer_json=record.tokenizer_json,
+                step=step,
+                ema_rate=None,
+                state_dict=self._task.model.state_dict(),
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether as many evaluations as the task allows have brought nothing better."""
+        return 0 < self._task.stop_early <= self._since_best
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score and how many evaluations ago it was."""
+        return {"best": self._best, "since_best": self._since_best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._best, self._since_best = state["best"], state["since_best"]

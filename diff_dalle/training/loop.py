@@ -1,0 +1,140 @@
+"""The only training loop: `train`. What is trained, and how, is the task's business."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from diff_dalle.distributed import World, barrier, broadcast_object, errors_to
+from diff_dalle.training.checkpoints import checkpoint_bytes
+from diff_dalle.training.files import require_room
+from diff_dalle.training.forecast import forecast
+from diff_dalle.training.metrics import Pace
+from diff_dalle.training.optim import OptimConfig
+from diff_dalle.training.report import Report
+from diff_dalle.training.resume import (
+    RunRecord,
+    Start,
+    choose_folder,
+    find_start,
+    named_folder,
+    open_folder,
+)
+from diff_dalle.training.session import Session
+from diff_dalle.training.tasks import Task
+from diff_dalle.training.train_config import TrainConfig
+from diff_dalle.training.trainer import Data, Trainer
+
+__all__ = ["Data", "RunRecord", "TrainConfig", "train"]
+
+
+def train(
+    task: Task,
+    data: Data,
+    cfg: TrainConfig,
+    optim: OptimConfig,
+    *,
+    record: RunRecord,
+    world: World,
+) -> Path | None:
+    """Train a task from where its run folder stands to ``cfg.iterations`` steps.
+
+    Every rank calls this with its own part of the data. Rank 0 writes and prints.
+
+    Args:
+        task: the model and its loss.
+        data: where batches come from.
+        cfg: how long, what to keep and where.
+        optim: the optimizer and its rate.
+        record: what the run is; kept in its checkpoints, and compared when it goes on.
+        world: the ranks.
+    Returns:
+        The run folder; None for a dry run, which leaves none.
+    Raises:
+        UsageError: a folder or checkpoint of another run, a full disk, or steps that are not
+            finite again and again.
+    """
+    report = Report(shown=world.is_main)
+    if cfg.dry_run:
+        try_out(task, data, cfg, optim, record, world, report)
+        return None
+    folder = choose_folder(cfg, world)
+    report.say(f"run folder: {folder}")
+    start = find_start(cfg, record, folder, report.say)
+    for note in start.notes:
+        report.say(note)
+    trainer = Trainer(task, data, cfg, optim, record, world)
+    trainer.begin(start)
+    require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
+    open_folder(folder, record, world)
+    with errors_to(folder, world):
+        run(trainer, folder, report)
+    report.say(f"run folder: {folder}")
+    return folder
+
+
+def run(trainer: Trainer, folder: Path, report: Report) -> Pace:
+    """Step until the end, and keep what is worth keeping on the way."""
+    cfg, pace = trainer.cfg, Pace()
+    session = Session(trainer, folder, report)
+    batches = trainer.data.train(trainer.samples)
+    report.start(trainer.step, cfg.iterations)
+    try:
+        while trainer.step < cfg.iterations and not session.stopped:
+            asked = time.perf_counter()
+            batch = next(batches)
+            arrived = time.perf_counter()
+            trainer.train_step(batch)
+            done = time.perf_counter()
+            samples = len(batch) * trainer.world.size
+            pace.stepped(samples, waiting=arrived - asked, working=done - arrived)
+            report.step()
+            session.after_step(pace)
+    finally:
+        report.stop()
+        session.log.close()
+    return pace
+
+
+def try_out(
+    task: Task,
+    data: Data,
+    cfg: TrainConfig,
+    optim: OptimConfig,
+    record: RunRecord,
+    world: World,
+    report: Report,
+) -> None:
+    """``--dry_run``: some whole steps, a save and a sample on every rank, then a forecast.
+
+    Everything is written to a temporary folder, which is removed.
+    """
+    named = named_folder(cfg)
+    start = Start() if named is None else find_start(cfg, record, named, report.say)
+    with _temporary_folder(world) as folder:
+        short = dataclasses.replace(
+            cfg,
+            iterations=start.step + cfg.dry_run,
+            save_interval=cfg.dry_run,
+            eval_interval=0,
+            num_preview=world.size,
+            report_to="none",
+        )
+        trainer = Trainer(task, data, short, optim, record, world)
+        trainer.begin(start)
+        pace = run(trainer, folder, report)
+        files = sorted(path.name for path in folder.iterdir())
+    report.say(forecast(cfg, task.model, start.step, pace, named, files, world))
+
+
+@contextlib.contextmanager
+def _temporary_folder(world: World) -> Iterator[Path]:
+    """One folder for all ranks, removed when all have left."""
+    with contextlib.ExitStack() as stack:
+        name = stack.enter_context(tempfile.TemporaryDirectory()) if world.is_main else ""
+        yield Path(broadcast_object(name, world))
+        barrier(world)

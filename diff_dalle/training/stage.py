@@ -1,0 +1,175 @@
+"""One stage of the cascade, sampled: condition and keys in, a uint8 picture out.
+
+Training previews and the cascade both sample through `sample_stage`, so a preview shows what
+a user would get. B batch, C channels, H W pixels, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from diff_dalle import keyed_noise
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.guidance import classifier_free_batched
+from diff_dalle.diffusion.samplers import sample_ddim, sample_ddpm
+from diff_dalle.errors import UsageError
+from diff_dalle.models.generator import Cond, Generator
+from diff_dalle.models.low_res import augment
+
+_START, _AUGMENT, _STEP_0 = 0, 1, 2  # offsets of the noise streams of one stage
+STREAMS_PER_STAGE = 1 << 20  # more than any chain has steps, so stages never share numbers
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageSettings:
+    """How one stage is sampled; the fields carry the names of the flags.
+
+    Attributes:
+        timestep_respacing: which steps of the process to visit; see `space_timesteps`.
+        use_ddim: DDIM (Song et al. 2021) in place of ancestral DDPM sampling.
+        ddim_eta: DDIM's stochasticity, 0 (deterministic) to 1.
+        clip_denoised: clip each estimate of x_0 to [-1, 1].
+        guidance_scale: classifier-free guidance (Ho and Salimans 2022); 1 is none.
+        aug_level: noise level in [0, 1] put on the low-resolution input.
+    """
+
+    timestep_respacing: str = ""
+    use_ddim: bool = False
+    ddim_eta: float = 0.0
+    clip_denoised: bool = True
+    guidance_scale: float = 1.0
+    aug_level: float = 0.0
+
+
+def sample_stage(
+    generator: Generator,
+    diffusion: GaussianDiffusion,
+    cond: Cond,
+    keys: Tensor,
+    *,
+    image_size: int,
+    settings: StageSettings,
+    guide: Callable[[Tensor, Tensor], Tensor] | None = None,
+    stream: int = 0,
+    callback: Callable[[int, Tensor], None] | None = None,
+) -> Tensor:
+    """Samples one picture a key.
+
+    Args:
+        generator: the stage's model; its mode (train or eval) is put back afterwards.
+        diffusion: the full process that the generator was trained on; respaced here.
+        cond: tokens or encoded text and, for an upsampler, the *clean* small picture in
+            ``low_res`` [B,3,h,w] in [-1, 1]; ``aug_level`` is filled in from the settings.
+        keys: int64 [B]; all noise of a sample is a function of its key and ``stream``.
+        image_size: H = W of the picture, in pixels.
+        settings: how to sample.
+        guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
+            the steps of the *respaced* process (``diffusion.respace(...)``).
+        stream: number of the first noise stream; stages of one cascade that share keys take
+            multiples of `STREAMS_PER_STAGE`.
+        callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
+    Returns:
+        uint8 [B,3,H,W].
+    Raises:
+        UsageError: guidance without captions to drop.
+    """
+    diffusion = diffusion.respace(settings.timestep_respacing)
+    dtype = next(generator.parameters()).dtype
+
+    def noise(offset: int, shape: tuple[int, ...]) -> Tensor:
+        return keyed_noise.normal(keys, shape, stream + offset).to(dtype)
+
+    with _evaluating(generator), torch.no_grad():
+        cond = _augmented(cond, settings.aug_level, noise)
+        model = _guided_model(generator, generator.encode(cond), settings.guidance_scale)
+        x_T = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
+        step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
+        clip = settings.clip_denoised
+        if settings.use_ddim:
+            x_0 = sample_ddim(
+                model,
+                x_T,
+                diffusion,
+                noise=step_noise,
+                eta=settings.ddim_eta,
+                guide=guide,
+                clip=clip,
+                callback=callback,
+            )
+        else:
+            x_0 = sample_ddpm(
+                model, x_T, diffusion, noise=step_noise, guide=guide, clip=clip, callback=callback
+            )
+    return to_uint8(x_0)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """[-1, 1] -> uint8 of the same shape, rounded to the nearest and clipped."""
+    return ((image.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(image: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 -> [-1, 1] of the same shape; `to_uint8` undoes it exactly."""
+    return image.to(dtype) / 127.5 - 1
+
+
+def _augmented(cond: Cond, level: float, noise: Callable[[int, tuple[int, ...]], Tensor]) -> Cond:
+    """The low-resolution input noised to ``level``, which the model is told (Ho et al. 2022)."""
+    if cond.low_res is None:
+        return cond
+    low_res = cond.low_res  # [B,3,h,w]
+    levels = torch.full((len(low_res),), level, dtype=low_res.dtype, device=low_res.device)  # [B]
+    low_res = augment(low_res, levels, noise(_AUGMENT, tuple(low_res.shape[1:])))
+    return dataclasses.replace(cond, low_res=low_res, aug_level=levels)
+
+
+def _guided_model(
+    generator: Generator, cond: Cond, scale: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """(x_t, t) -> output; with guidance, captioned and null halves share one batch."""
+    if scale == 1:
+        return lambda x_t, t: generator(x_t, t, cond)
+    if cond.text is None:
+        raise UsageError(
+            f"--guidance_scale is {scale}: this generator was trained without captions, use 1"
+        )
+    both = _doubled(cond)
+    return classifier_free_batched(
+        lambda x_t, t: generator(x_t, t, both), scale, learned_variance=generator.cfg.learn_sigma
+    )
+
+
+def _doubled(cond: Cond) -> Cond:
+    """2B conditions: the first half as given, the second with its caption dropped."""
+
+    def twice(value: Tensor | None) -> Tensor | None:
+        return None if value is None else torch.cat([value, value])
+
+    assert cond.text is not None
+    drop = torch.arange(2 * len(cond.text), device=cond.text.device) >= len(cond.text)
+    return dataclasses.replace(
+        cond,
+        tokens=None,
+        text=twice(cond.text),
+        mask=twice(cond.mask),
+        drop=drop,
+        low_res=twice(cond.low_res),
+        aug_level=twice(cond.aug_level),
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Dropout off inside; the module's mode is put back afterwards."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

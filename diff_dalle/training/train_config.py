@@ -1,0 +1,76 @@
+"""The knobs of the training loop, whatever it trains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from diff_dalle.knobs import AUTO, AutoInt, Floats, knob, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long to train, what to keep and where; intervals count steps, 0 is never."""
+
+    batch_size: int = knob(16, "samples a step on each rank")
+    microbatch: int = knob(-1, "samples at once on each rank, to save memory; -1: all of them")
+    iterations: int = knob(200_000, "steps to train")
+    ema_rate: Floats = knob((0.9999,), "rates of the averaged copies of the weights")
+    log_interval: int = knob(100, "steps between two lines of measurements")
+    save_interval: int = knob(2500, "steps between two checkpoints")
+    eval_interval: int = knob(1000, "steps between two held-out evaluations (and at the end)")
+    sample_interval: int = knob(0, "steps between two preview grids; 0: with each checkpoint")
+    eval_samples: int = knob(256, "held-out samples of one evaluation, all ranks together")
+    num_preview: AutoInt = knob(
+        AUTO, "samples of a preview grid; auto: as many as fill 2048 pixels, at most 8; 0: none"
+    )
+    validation_prompts: str | None = knob(
+        None, "file of prompts to preview, one a line; an upsampler takes captions of the data"
+    )
+    resume_checkpoint: str = knob(
+        AUTO,
+        "auto: go on from the newest checkpoint of the run folder; a file; or none",
+        aliases=["resume_checkpoints", "clip_resume_checkpoint"],
+    )
+    init_checkpoint: str | None = knob(None, "start from the weights of this file, at step 0")
+    seed: int = knob(0, "everything random follows from it")
+    device: str = knob(AUTO, "auto, cpu, cuda or cuda:1")
+    log_dir: str | None = knob(
+        None, "run folder (default: $OPENAI_LOGDIR, else a new temporary folder)"
+    )
+    report_to: str = knob(
+        AUTO, "tensorboard, wandb, both with a comma, none; auto: tensorboard where installed"
+    )
+    dry_run: int = knob(0, "try so many steps, a save and a sample, report, and keep nothing")
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range and flags that contradict one another."""
+        for name in ("batch_size", "iterations", "log_interval", "save_interval", "eval_samples"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "be 1 or more")
+        for name in ("eval_interval", "sample_interval", "dry_run"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
+        require(
+            self.microbatch == -1 or 1 <= self.microbatch,
+            "microbatch",
+            self.microbatch,
+            "be -1 (the whole batch) or a number of samples",
+        )
+        if self.num_preview != AUTO:
+            require(int(self.num_preview) >= 0, "num_preview", self.num_preview, "be 0 or more")
+        explicit = self.resume_checkpoint not in (AUTO, "none", "")
+        require(
+            not (explicit and self.init_checkpoint),
+            "init_checkpoint",
+            self.init_checkpoint,
+            "stand without --resume_checkpoint: one continues a run, the other starts one",
+        )
+
+    def resolved_num_preview(self, image_size: int) -> int:
+        """How many samples a preview grid shows."""
+        if self.num_preview != AUTO:
+            return int(self.num_preview)
+        return max(1, min(8, 2048 // image_size))
+
+    @property
+    def resolved_sample_interval(self) -> int:
+        """Steps between two preview grids."""
+        return self.sample_interval or self.save_interval

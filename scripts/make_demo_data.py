@@ -1,0 +1,23 @@
+"""Write a captioned demo data set as webdataset shards.
+
+python scripts/make_demo_data.py --source shapes --out_dir D --num_train 20000 --num_val 1000
+python scripts/make_demo_data.py --source emoji --artwork icons.json --out_dir E --image_size 1024
+"""
+
+from __future__ import annotations
+
+from diff_dalle.config import Parser
+from diff_dalle.data.demo import DemoDataConfig, make_demo_data
+from diff_dalle.distributed import run_main
+
+
+def write(argv: list[str]) -> None:
+    print(make_demo_data(DemoDataConfig(**Parser([DemoDataConfig]).parse(argv))))
+
+
+def main() -> None:
+    run_main(write)
+
+
+if __name__ == "__main__":
+    main()

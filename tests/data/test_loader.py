@@ -1,0 +1,365 @@
+"""The loader as the training loop sees it: same batches for any ranks and workers."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from diff_dalle.data.batch import Batch
+from diff_dalle.data.loader import DataConfig, Dataset, eval_batches, open_data, train_batches
+from diff_dalle.data.order import Order
+from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.errors import UsageError
+
+ROOT = Path(__file__).parents[2]
+
+
+def opened(folder: Path, *, with_text: bool = True, seed: int = 4, **options: object) -> Dataset:
+    options = {"num_workers": 0, "random_flip": True, "random_crop": True, **options}
+    cfg = DataConfig(data_dir=[str(folder)], **options)
+    return open_data(cfg, split="train", image_size=16, with_text=with_text, seed=seed)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["sample 0123456789 again 세 번"], 300)
+
+
+def take(batches: Iterator[Batch], count: int) -> list[Batch]:
+    return list(itertools.islice(batches, count))
+
+
+def joined(ranks: list[list[Batch]]) -> list[tuple[str, bytes, list[int], int]]:
+    """Every visit of some steps: key, pixels, tokens, seed; the ranks' parts side by side."""
+    visits = []
+    for parts in zip(*ranks, strict=True):
+        for batch in parts:
+            assert batch.tokens is not None
+            pixels = [image.numpy().tobytes() for image in batch.image]
+            rows = zip(batch.keys, pixels, batch.tokens.tolist(), batch.seed.tolist(), strict=True)
+            visits += list(rows)
+    return visits
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_ranks_and_workers_do_not_change_the_global_batches(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    keys = pack_many(tmp_path, [3, 9, 1, 7], size=(24, 20))
+    dataset = opened(tmp_path)
+    # 5 global batches of 12 cross three epochs of 20.
+    common = {"tokenizer": tokenizer, "text_length": 24}
+    truth = joined([take(train_batches(dataset, batch_size=12, **common), 5)])
+    for epoch in range(3):
+        assert sorted(visit[0] for visit in truth[20 * epoch : 20 * epoch + 20]) == keys
+    assert len({visit[3] for visit in truth}) == 60  # a seed of its own for each visit
+    for world, workers in itertools.product((1, 2, 3), (0, 1, 3)):
+        ranks = [
+            train_batches(
+                dataset,
+                batch_size=12 // world,
+                rank=rank,
+                world=world,
+                num_workers=workers,
+                **common,
+            )
+            for rank in range(world)
+        ]
+        assert joined([take(rank, 5) for rank in ranks]) == truth, (world, workers)
+
+
+def test_a_run_goes_on_anywhere_with_another_world(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    pack_many(tmp_path, [5, 6])
+    dataset = opened(tmp_path)
+    common = {"tokenizer": tokenizer, "text_length": 8, "batch_size": 2}
+    visits, position = [], 0
+    for world, steps in ((1, 3), (3, 2), (2, 4)):
+        ranks = [
+            take(
+                train_batches(dataset, rank=rank, world=world, start_sample=position, **common),
+                steps,
+            )
+            for rank in range(world)
+        ]
+        visits += joined(ranks)
+        position += steps * world * 2
+    truth = joined([take(train_batches(dataset, **common), position // 2)])
+    assert visits == truth
+
+
+def test_a_batch_larger_than_the_data_runs_through_epochs(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    keys = pack_many(tmp_path, [2, 1])
+    batches = train_batches(
+        opened(tmp_path), tokenizer=tokenizer, text_length=8, batch_size=10, num_workers=1
+    )
+    batch = next(batches)
+    assert [sorted(batch.keys[at : at + 3]) for at in (0, 3, 6)] == [keys] * 3
+
+
+def test_only_the_first_samples_are_trained_on(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    keys = pack_many(tmp_path, [3, 3, 3])
+    dataset = opened(tmp_path, max_train_samples=4)
+    batch = next(train_batches(dataset, tokenizer=tokenizer, text_length=8, batch_size=8))
+    assert sorted(batch.keys) == sorted(keys[:4] * 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("world", "size", "limit"), [(1, 4, 0), (2, 4, 0), (3, 1, 0), (3, 2, 5)])
+def test_an_evaluation_sees_each_key_once_in_equal_steps(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer, world: int, size: int, limit: int, workers: int
+) -> None:
+    keys = pack_many(tmp_path, [4, 7])
+    dataset = opened(tmp_path)
+
+    def run() -> list[list[Batch]]:
+        return [
+            list(
+                eval_batches(
+                    dataset,
+                    tokenizer=tokenizer,
+                    text_length=24,
+                    batch_size=size,
+                    rank=rank,
+                    world=world,
+                    num_workers=workers,
+                    max_samples=limit,
+                )
+            )
+            for rank in range(world)
+        ]
+
+    ranks = run()
+    assert {len(batch) for rank in ranks for batch in rank} == {size}
+    visits = joined(ranks)  # zip is strict: every rank took the same number of steps
+    seen = [visit[0] for visit in visits if visit[0]]
+    assert seen == (keys if not limit else [keys[11 * n // 5] for n in range(5)])
+    valid = sum(int(batch.valid.sum()) for rank in ranks for batch in rank)
+    assert valid == len(seen) and not any(batch.bad for rank in ranks for batch in rank)
+    texts = [tokenizer.decode(visit[2]) for visit in visits if visit[0]]
+    assert texts == [f"sample {key}" for key in seen]
+    assert joined(run()) == visits
+
+
+def test_a_run_without_text_needs_no_captions(tmp_path: Path, pack, picture) -> None:
+    pack(tmp_path / "0.tar", [(f"{n}.png", picture(n)) for n in range(3)])
+    dataset = opened(tmp_path, with_text=False)
+    batch = next(train_batches(dataset, tokenizer=None, text_length=8, batch_size=3))
+    assert batch.tokens is None and batch.mask is None and batch.valid.all()
+
+
+def test_three_hundred_bad_of_a_thousand(
+    tmp_path: Path, pack, picture, tokenizer: Tokenizer
+) -> None:
+    bad = {f"{n:04d}" for n in range(1000) if n % 10 in (1, 4, 7)}
+
+    def members(spoil: bool) -> Iterator[tuple[str, bytes]]:
+        whole = picture(0)
+        for n in range(1000):
+            key = f"{n:04d}"
+            broken = spoil and key in bad
+            kind = n % 10 if broken else 0
+            yield f"{key}.png", whole[:-200] if kind == 1 else b"<html>" if kind == 4 else whole
+            yield f"{key}.txt", b"\xff" if kind == 7 else f"sample {key}".encode()
+
+    for name, spoil in (("clean", False), ("spoilt", True)):
+        path = pack(tmp_path / name / "0.tar", members(spoil))
+    results = {}
+    for name in ("clean", "spoilt"):
+        ranks = [
+            train_batches(
+                opened(tmp_path / name),
+                tokenizer=tokenizer,
+                text_length=8,
+                batch_size=50,
+                rank=rank,
+                world=2,
+                num_workers=1,
+            )
+            for rank in range(2)
+        ]
+        results[name] = [batch for pair in zip(*(take(r, 10) for r in ranks)) for batch in pair]
+    clean = [key for batch in results["clean"] for key in batch.keys]
+    spoilt = [key for batch in results["spoilt"] for key in batch.keys]
+    assert spoilt == clean and len(set(clean)) == 1000
+    listed = [entry for batch in results["spoilt"] for entry in batch.bad]
+    assert len(listed) == 300 and {key for _, key, _ in listed} == bad
+    assert {shard for shard, _, _ in listed} == {str(path)}
+    reasons = {key: reason for _, key, reason in listed}
+    assert {reasons["0001"], reasons["0004"], reasons["0007"]} == {
+        *("truncated", "not an image", "caption not UTF-8")
+    }
+    good = [
+        key
+        for batch in results["spoilt"]
+        for key, valid in zip(batch.keys, batch.valid, strict=True)
+        if valid
+    ]
+    assert good == [key for key in clean if key not in bad]
+
+
+def refusal(folder: Path, *, image_size: int = 16, with_text: bool = True, **options) -> str:
+    cfg = DataConfig(data_dir=[str(folder)], num_workers=0, **options)
+    with pytest.raises(UsageError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        open_data(cfg, split="train", image_size=image_size, with_text=with_text, seed=0)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_useless_data_are_refused_before_work_starts(tmp_path: Path, pack, picture) -> None:
+    image = picture(0)
+    pack(tmp_path / "silent/0.tar", [(f"{n}.png", image) for n in range(100)])
+    pack(tmp_path / "small/0.tar", [("a.png", image), ("a.txt", b"words")])
+    pack(tmp_path / "texts/0.tar", [("a.txt", b"words")])
+    pack(tmp_path / "broken/0.tar", [("a.png", image[:-200]), ("a.txt", b"words")])
+    pack(tmp_path / "fields/0.tar", [("a.png", image), ("a.json", b'{"cap": "words"}')])
+    (tmp_path / "html").mkdir()
+    (tmp_path / "html/0.tar").write_bytes(b"<html>" * 1000)
+    assert "--cond_text False" in refusal(tmp_path / "silent")
+    assert "--image_size 256 needs" in refusal(tmp_path / "small", image_size=256)
+    assert "1 tar files without an image" in refusal(tmp_path / "texts")
+    assert "1 tar files without an image" in refusal(tmp_path / "html")
+    assert "truncated" in refusal(tmp_path / "broken")
+    assert "'caption' in .json" in refusal(tmp_path / "fields")
+    assert len(opened(tmp_path / "fields", caption_key="cap")) == 1
+    assert "--val_data_dir is missing" in str(
+        pytest.raises(
+            UsageError,
+            open_data,
+            *(DataConfig(num_workers=0),),
+            **{"split": "val", "image_size": 16, "with_text": True, "seed": 0},
+        ).value
+    )
+
+
+def test_a_faulty_shard_is_announced_once_and_the_rest_is_used(tmp_path: Path, pack_many) -> None:
+    pack_many(tmp_path, [4, 4])
+    cut = (tmp_path / "00001.tar").read_bytes()
+    (tmp_path / "00001.tar").write_bytes(cut[: len(cut) // 2])
+    with pytest.warns(UserWarning, match="truncated shard") as caught:
+        dataset = opened(tmp_path)
+    assert len(caught) == 1 and 4 < len(dataset) < 8
+    assert dataset.bad == [(str(tmp_path / "00001.tar"), "", "truncated shard")]
+
+
+def test_fewer_shards_than_readers_and_empty_shards_among_them(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    keys = pack_many(tmp_path, [0, 2, 0])
+    dataset = opened(tmp_path)
+    for rank in range(3):
+        batches = train_batches(
+            dataset,
+            tokenizer=tokenizer,
+            text_length=8,
+            batch_size=2,
+            rank=rank,
+            world=3,
+            num_workers=2,
+        )
+        assert sorted(next(batches).keys) == keys
+
+
+def test_the_loader_leaves_the_global_generator_alone(
+    tmp_path: Path, pack_many, tokenizer: Tokenizer
+) -> None:
+    pack_many(tmp_path, [4])
+    before = torch.get_rng_state()
+    for workers in (0, 1):
+        batches = train_batches(
+            opened(tmp_path),
+            tokenizer=tokenizer,
+            text_length=8,
+            batch_size=2,
+            num_workers=workers,
+        )
+        take(batches, 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_are_clean_processes(tmp_path: Path, pack_many, monkeypatch) -> None:
+    """No MPI, no main script, one torch thread: asked of a worker through its tokenizer."""
+    pack_many(tmp_path / "data", [2])
+    (tmp_path / "probe.py").write_text(
+        textwrap.dedent("""
+            import os, sys, torch
+            class Probe:
+                def encode(self, captions, length):
+                    facts = ["mpi4py.MPI" in sys.modules, "pytest" in sys.modules,
+                             torch.get_num_threads(), os.getpid()]
+                    tokens = torch.tensor([facts] * len(captions))
+                    return tokens, tokens > 0
+        """)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from probe import Probe  # type: ignore[import-not-found]
+
+    batches = train_batches(
+        opened(tmp_path / "data"), tokenizer=Probe(), text_length=4, batch_size=1, num_workers=2
+    )
+    facts = [batch.tokens[0].tolist() for batch in take(batches, 6) if batch.tokens is not None]
+    assert {tuple(fact[:3]) for fact in facts} == {(0, 0, 1)}
+    pids = {fact[3] for fact in facts}
+    assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_workers_under_mpiexec(tmp_path: Path, pack_many) -> None:
+    """Two real ranks, MPI and Gloo running, a worker each: the batches of a single process."""
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert mpiexec, "mpiexec is missing: install the extra [mpich]"
+    pack_many(tmp_path / "data", [5, 4])
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            import os, sys
+            from mpi4py import MPI  # on top and unguarded, as the ancestors have it
+            import torch.distributed
+            from diff_dalle.data.loader import DataConfig, open_data, train_batches
+            world = MPI.COMM_WORLD
+            folder, store = sys.argv[1:]
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=world.rank, world_size=world.size)
+            torch.distributed.all_reduce(torch.ones(1000, 1000) @ torch.ones(1000, 1000))
+            cfg = DataConfig(data_dir=[folder], num_workers=1)
+            data = open_data(cfg, split="train", image_size=16, with_text=False, seed=1)
+            batches = train_batches(data, tokenizer=None, text_length=8, batch_size=4,
+                                    rank=world.rank, world=world.size)
+            for step in range(4):
+                keys = world.gather(next(batches).keys)
+                if world.rank == 0:
+                    print(step, *(key for part in keys for key in part), flush=True)
+            world.Barrier()
+            torch.distributed.destroy_process_group()
+        """)
+    )
+    command = [mpiexec, "-n", "2", sys.executable, str(program), str(tmp_path / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    dataset = opened(tmp_path / "data", with_text=False, seed=1)
+    keys, order = list(dataset.keys()), Order([5, 4], seed=1)
+    for step in range(4):
+        expected = [keys[order.slot(position).sample] for position in range(8 * step, 8 * step + 8)]
+        assert f"{step} {' '.join(expected)}" in done.stdout.splitlines()

@@ -1,0 +1,228 @@
+"""Samplers against data whose noised densities are known in closed form.
+
+The data are a mixture of two Gaussians in one dimension, so the score of every noised marginal,
+the posterior of the component and every quantile are exact. A sampler must reach the exact
+density as its steps grow, at its known order. Distances are Wasserstein-1: the mean absolute
+difference of sorted samples and exact quantiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from diff_dalle import keyed_noise
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.guidance import classifier_free
+from diff_dalle.diffusion.samplers import SAMPLERS, invert_ddim, sample_ddim, sample_ddpm
+from diff_dalle.diffusion.schedule import Schedule
+
+BASE = Schedule.make("linear", 8000)
+WEIGHTS = torch.tensor([0.35, 0.65], dtype=torch.float64)
+MEANS = torch.tensor([-0.6, 0.5], dtype=torch.float64)
+STDS = torch.tensor([0.15, 0.2], dtype=torch.float64)
+BOTH = (0, 1)
+ORDERS = {"ddpm": 1, "ddim": 1}  # of the error in the step size; a new sampler: at least 1
+COUNT = 8_000
+
+
+def process(spec: str, prediction: str = "eps") -> GaussianDiffusion:
+    return GaussianDiffusion(BASE.respace(spec), prediction=prediction, variance="fixed_small")
+
+
+def log_joint(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH) -> Tensor:
+    """log p(x_t, component), one column a component, [..., K]."""
+    k = list(components)
+    a = alpha_bar[..., None]
+    variance = a * STDS[k] ** 2 + 1 - a
+    normal = -0.5 * (x[..., None] - a.sqrt() * MEANS[k]) ** 2 / variance - 0.5 * variance.log()
+    return normal + WEIGHTS[k].log()
+
+
+def score(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH) -> Tensor:
+    """Gradient of log p(x_t), or of log p(x_t | component)."""
+    k = list(components)
+    a = alpha_bar[..., None]
+    each = -(x[..., None] - a.sqrt() * MEANS[k]) / (a * STDS[k] ** 2 + 1 - a)
+    return (log_joint(x, alpha_bar, components).softmax(-1) * each).sum(-1)
+
+
+def network(prediction: str = "eps", components: tuple[int, ...] = BOTH) -> Callable:
+    """A perfect network: told the base step, it answers with the exact eps, x_0 or v."""
+
+    def model(x_t: Tensor, time: Tensor) -> Tensor:
+        a = BASE.alpha_bar[time].reshape(-1, 1, 1, 1)
+        eps = -(1 - a).sqrt() * score(x_t, a, components)
+        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+        return {"eps": eps, "x0": x_0, "v": a.sqrt() * eps - (1 - a).sqrt() * x_0}[prediction]
+
+    return model
+
+
+def gradient(diffusion: GaussianDiffusion, component: int, scale: float) -> Callable:
+    """scale times the exact gradient of log p(component | x_t)."""
+
+    def guide(x_t: Tensor, t: Tensor) -> Tensor:
+        a = diffusion.alpha_bar[t].reshape(-1, 1, 1, 1)
+        return scale * (score(x_t, a, (component,)) - score(x_t, a))
+
+    return guide
+
+
+def quantiles(u: Tensor, alpha_bar: float = 1.0, components: tuple[int, ...] = BOTH) -> Tensor:
+    """The x with P(x_t < x) = u, by bisection."""
+    k = list(components)
+    a = torch.tensor(alpha_bar, dtype=torch.float64)
+    std = (a * STDS[k] ** 2 + 1 - a).sqrt()
+    low, high = torch.full_like(u, -10), torch.full_like(u, 10)
+    for _ in range(60):
+        middle = (low + high) / 2
+        cdf = torch.special.ndtr((middle[:, None] - a.sqrt() * MEANS[k]) / std)
+        below = (cdf * WEIGHTS[k] / WEIGHTS[k].sum()).sum(1) < u
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return low
+
+
+def stratified(count: int) -> Tensor:
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def noise(step: int, x: Tensor) -> Tensor:
+    return keyed_noise.normal(torch.arange(len(x)), tuple(x.shape[1:]), stream=step).to(x.dtype)
+
+
+def distance(samples: Tensor, components: tuple[int, ...] = BOTH) -> float:
+    """Wasserstein-1 from the exact density of x_0."""
+    exact = quantiles(stratified(len(samples)), components=components)
+    return float((samples.flatten().sort().values - exact).abs().mean())
+
+
+def draw(
+    sampler: str, model: Callable, diffusion: GaussianDiffusion, guide: Callable | None = None
+) -> Tensor:
+    x_T = quantiles(stratified(COUNT), float(diffusion.alpha_bar[-1])).reshape(-1, 1, 1, 1)
+    return SAMPLERS[sampler](model, x_T, diffusion, noise=noise, guide=guide, clip=False)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_density_becomes_exact(name: str) -> None:
+    coarse, middle, fine = (distance(draw(name, network(), process(n))) for n in ("8", "32", "128"))
+    assert coarse > 2 * middle > 4 * fine
+    assert fine < 0.02
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_guidance_by_the_exact_classifier_gives_the_component(name: str) -> None:
+    """score(x) + gradient of log p(component | x) is the component's own score (Bayes)."""
+    diffusion = process("128")
+    guided = draw(name, network(), diffusion, gradient(diffusion, 0, 1.0))
+    assert distance(guided, (0,)) < 0.025
+    downhill = draw(name, network(), diffusion, gradient(diffusion, 0, -1.0))
+    assert distance(downhill, (0,)) > 1
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_both_guidances_add_up(name: str) -> None:
+    """Half of the way classifier-free and half by gradient is the whole way to the component."""
+    diffusion = process("128")
+    half = classifier_free(network("eps", (0,)), network(), 0.5, learned_variance=False)
+    assert distance(draw(name, half, diffusion, gradient(diffusion, 0, 0.5)), (0,)) < 0.025
+    assert distance(draw(name, half, diffusion), (0,)) > 0.05
+
+
+@pytest.mark.parametrize("scales", [(0.0, 1.0), (0.5, 0.5), (2.0, -1.0)])
+def test_ddim_takes_both_guidances_for_the_same_thing(scales: tuple[float, float]) -> None:
+    diffusion = process("10")
+    free, by_gradient = scales
+    model = classifier_free(network("eps", (0,)), network(), free, learned_variance=False)
+    guided = draw("ddim", model, diffusion, gradient(diffusion, 0, by_gradient))
+    component = draw("ddim", network("eps", (0,)), diffusion)
+    torch.testing.assert_close(guided, component, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_predictions_are_interchangeable(name: str) -> None:
+    eps, x0, v = (draw(name, network(p), process("10", p)) for p in ("eps", "x0", "v"))
+    torch.testing.assert_close(x0, eps, rtol=0, atol=1e-9)
+    torch.testing.assert_close(v, eps, rtol=0, atol=1e-9)
+
+
+def gaussian_error(name: str, spec: str, mean: float = 0.5, std: float = 0.3) -> float:
+    """Error of the mean plus error of the standard deviation of samples of N(mean, std^2).
+
+    With Gaussian data every sampler is an affine map of x_T and of the noise of each step. One
+    batch finds its coefficients: row 0 sees zeros, row i + 1 a one in place of variable i.
+    """
+    diffusion = process(spec)
+    steps = diffusion.num_steps
+
+    def model(x_t: Tensor, time: Tensor) -> Tensor:
+        a = BASE.alpha_bar[time].reshape(-1, 1, 1, 1)
+        return (1 - a).sqrt() * (x_t - a.sqrt() * mean) / (a * std**2 + 1 - a)
+
+    def unit_noise(step: int, x: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z[step + 1] = 1  # steps T-1 ... 1 draw, so rows 2 ... T
+        return z
+
+    x_T = torch.zeros(steps + 1, 1, 1, 1, dtype=torch.float64)
+    x_T[1] = 1
+    x_0 = SAMPLERS[name](model, x_T, diffusion, noise=unit_noise, clip=False).flatten()
+    coefficients = x_0[1:] - x_0[0]
+    a_T = float(diffusion.alpha_bar[-1])
+    start_mean, start_variance = math.sqrt(a_T) * mean, a_T * std**2 + 1 - a_T
+    variance = coefficients[0] ** 2 * start_variance + (coefficients[1:] ** 2).sum()
+    found_mean = float(x_0[0] + coefficients[0] * start_mean)
+    return abs(found_mean - mean) + abs(math.sqrt(float(variance)) - std)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_order_of_convergence(name: str) -> None:
+    order = math.log(gaussian_error(name, "300") / gaussian_error(name, "1200"), 4)
+    assert order > ORDERS.get(name, 1) - 0.1
+    assert order < ORDERS.get(name, 9) + 0.1
+
+
+def ddim_of_quantiles(spec: str) -> tuple[Tensor, Tensor]:
+    """What DDIM makes of x_T at 99 quantiles, and the exact x_0: the flow keeps quantiles."""
+    u, diffusion = stratified(99), process(spec)
+    x_T = quantiles(u, float(diffusion.alpha_bar[-1])).reshape(-1, 1, 1, 1)
+    return sample_ddim(network(), x_T, diffusion, noise=noise, clip=False).flatten(), quantiles(u)
+
+
+def test_ddim_follows_the_probability_flow_at_first_order() -> None:
+    errors = []
+    for spec in ("50", "100", "200", "400"):
+        found, exact = ddim_of_quantiles(spec)
+        errors.append(float((found - exact).abs().mean()))
+    ratios = [a / b for a, b in zip(errors[:-1], errors[1:], strict=True)]
+    assert all(1.8 < ratio < 2.2 for ratio in ratios), errors
+
+
+def test_inversion_finds_the_noise_at_first_order_and_ddim_returns() -> None:
+    u, to_noise, and_back = stratified(99), [], []
+    x_0 = quantiles(u).reshape(-1, 1, 1, 1)
+    for spec in ("50", "100", "200", "400"):
+        diffusion = process(spec)
+        x_T = invert_ddim(network(), x_0, diffusion, clip=False)
+        exact = quantiles(u, float(diffusion.alpha_bar[-1])).reshape(-1, 1, 1, 1)
+        to_noise.append(float((x_T - exact).abs().mean()))
+        again = sample_ddim(network(), x_T, diffusion, noise=noise, clip=False)
+        and_back.append(float((again - x_0).abs().mean()))
+    for errors in (to_noise, and_back):
+        ratios = [a / b for a, b in zip(errors[:-1], errors[1:], strict=True)]
+        assert all(1.8 < ratio < 2.2 for ratio in ratios), errors
+    assert and_back[-1] < 0.01
+
+
+def test_ddim_with_eta_1_is_ancestral_sampling() -> None:
+    """With the posterior's variance both draw from the same Gaussian (Song et al. 2021, eq. 16)."""
+    diffusion = process("20")
+    x_T = stratified(50).reshape(-1, 1, 1, 1) - 0.5
+    ddim = sample_ddim(network(), x_T, diffusion, noise=noise, clip=False, eta=1.0)
+    ddpm = sample_ddpm(network(), x_T, diffusion, noise=noise, clip=False)
+    torch.testing.assert_close(ddim, ddpm, rtol=0, atol=1e-10)

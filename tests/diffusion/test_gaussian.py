@@ -1,0 +1,185 @@
+"""The forward process, the three predictions, and the posterior's variance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.schedule import Schedule
+
+SCHEDULE = Schedule.make("cosine", 1000)
+T = torch.tensor([0, 1, 400, 998])
+
+
+def process(prediction: str = "eps", variance: str = "fixed_small") -> GaussianDiffusion:
+    return GaussianDiffusion(SCHEDULE, prediction=prediction, variance=variance)
+
+
+def images(seed: int, channels: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(4, channels, 2, 2, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def test_add_noise_keeps_unit_variance_and_the_right_share_of_the_image() -> None:
+    d, x_0, eps = process(), images(0), images(1)
+    a = SCHEDULE.alpha_bar[T].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(d.add_noise(x_0, T, eps), a**0.5 * x_0 + (1 - a) ** 0.5 * eps)
+
+
+def test_every_prediction_is_turned_into_every_other() -> None:
+    d, x_0, eps = process(), images(0), images(1)
+    x_t, v = d.add_noise(x_0, T, eps), d.velocity(x_0, T, eps)
+    for found, wanted in (
+        (d.x0_from_eps(eps, x_t, T), x_0),
+        (d.eps_from_x0(x_0, x_t, T), eps),
+        (d.x0_from_v(v, x_t, T), x_0),
+        (d.eps_from_v(v, x_t, T), eps),
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+
+
+def test_velocity_is_the_derivative_of_x_t_by_the_angle() -> None:
+    """Salimans and Ho 2022: with alpha = cos(phi), sigma = sin(phi), v = d x_t / d phi."""
+    d, x_0, eps = process(), images(0), images(1)
+    phi = torch.acos(SCHEDULE.alpha_bar[T].sqrt()).reshape(-1, 1, 1, 1)
+    h = 1e-6
+    ahead = torch.cos(phi + h) * x_0 + torch.sin(phi + h) * eps
+    behind = torch.cos(phi - h) * x_0 + torch.sin(phi - h) * eps
+    torch.testing.assert_close(
+        d.velocity(x_0, T, eps), (ahead - behind) / (2 * h), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_predictions_give_the_same_posterior(clip: bool) -> None:
+    x_t, guess = images(0), images(1)
+    eps = process().eps_from_x0(guess, x_t, T)
+    outputs = {"x0": guess, "eps": eps, "v": process().velocity(guess, T, eps)}
+    found = [process(p).posterior(out, x_t, T, clip=clip) for p, out in outputs.items()]
+    for other in found[1:]:
+        torch.testing.assert_close(other.mean, found[0].mean, rtol=1e-8, atol=1e-8)
+        torch.testing.assert_close(other.x_0, found[0].x_0, rtol=1e-8, atol=1e-8)
+        assert torch.equal(other.log_var, found[0].log_var)
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_a_network_that_hits_its_target_finds_the_image(prediction: str) -> None:
+    d, x_0, eps = process(prediction), images(0), images(1)
+    x_t = d.add_noise(x_0, T, eps)
+    found = d.predict_x0(d.target(x_0, T, eps), x_t, T)
+    torch.testing.assert_close(found, x_0, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("logit", "variance"), [(1.0, "fixed_large"), (-1.0, "fixed_small")])
+def test_learned_range_ends_at_the_fixed_variances(logit: float, variance: str) -> None:
+    x_t, output = images(0), images(1)
+    both = torch.cat([output, torch.full_like(output, logit)], dim=1)
+    learned = process(variance="learned_range").posterior(both, x_t, T)
+    fixed = process(variance=variance).posterior(output, x_t, T)
+    assert learned.log_var.shape == fixed.log_var.shape == x_t.shape
+    # At t = 0 beta is the learned range's upper end; the fixed one borrows the posterior's.
+    torch.testing.assert_close(learned.log_var[1:], fixed.log_var[1:])
+    wanted = SCHEDULE.betas[0].log() if logit == 1 else SCHEDULE.posterior_variance[1].log()
+    torch.testing.assert_close(learned.log_var[0], wanted.expand(3, 2, 2))
+    assert torch.equal(learned.mean, fixed.mean)
+
+
+def test_learned_range_lies_between_on_a_logarithmic_scale() -> None:
+    x_t = images(0)
+    d = process(variance="learned_range")
+    half = d.log_variance(torch.cat([x_t, torch.zeros_like(x_t)], 1), x_t, T)
+    ends = SCHEDULE.betas.log() + SCHEDULE.posterior_log_variance
+    torch.testing.assert_close(half[:, 0, 0, 0], ends[T] / 2)
+
+
+def test_clip_may_be_a_function() -> None:
+    d, x_t, output = process("x0"), images(0), images(1)
+    halved = d.posterior(output, x_t, T, clip=lambda x_0: x_0 / 2)
+    assert torch.equal(halved.x_0, output / 2)
+    assert torch.equal(halved.mean, d.q_posterior(output / 2, x_t, T).mean)
+    assert d.posterior(output, x_t, T).x_0.abs().max() == 1
+    assert torch.equal(d.posterior(output, x_t, T, clip=False).x_0, output)
+
+
+@pytest.mark.parametrize(("variance", "channels"), [("learned_range", 3), ("fixed_small", 6)])
+def test_a_wrong_number_of_channels_is_refused(variance: str, channels: int) -> None:
+    with pytest.raises(ValueError, match="channels"):
+        process(variance=variance).posterior(images(0, channels), images(1), T)
+
+
+@pytest.mark.parametrize("wrong", [{"prediction": "x1"}, {"variance": "learned"}])
+def test_an_unknown_kind_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        GaussianDiffusion(SCHEDULE, **wrong)
+
+
+def test_the_network_is_told_the_base_step() -> None:
+    short = process().respace("ddim25")
+    assert short.num_steps == 25
+    assert short.model_time(torch.tensor([0, 1, 24])).tolist() == [0, 40, 960]
+
+
+def test_rescaled_time_runs_to_1000_at_any_step_count() -> None:
+    d = GaussianDiffusion(Schedule.make("cosine", 4000), rescale_timesteps=True)
+    time = d.model_time(torch.tensor([0, 2000, 3999]))
+    assert time.dtype == torch.float32 and time.tolist() == [0.0, 500.0, 999.75]
+    short = d.respace("2")
+    assert short.model_time(torch.tensor([1])).tolist() == [999.75]
+
+
+def test_nearest_step() -> None:
+    d = process()
+    every = torch.arange(1000)
+    assert torch.equal(d.nearest_step(d.alpha_bar), every)
+    assert torch.equal(d.nearest_step(d.alpha_bar.float()), every)
+    assert d.nearest_step(torch.tensor([1.0, 0.0])).tolist() == [0, 999]
+    short = d.respace("100")
+    nearest = short.nearest_step(d.alpha_bar)
+    gaps = (short.schedule.log_snr[:, None] - SCHEDULE.log_snr[None, :]).abs()
+    assert torch.equal(nearest, gaps.argmin(dim=0))
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+    ],
+)
+def test_coefficients_are_float32_at_least(given: torch.dtype, kept: torch.dtype) -> None:
+    d = process()
+    coefficient = d.at("sigma", T, images(0, dtype=given))
+    assert coefficient.dtype == kept and coefficient.shape == (4, 1, 1, 1)
+    # Rounded once, from float64: not the root of a rounded difference.
+    assert torch.equal(coefficient.flatten(), (1 - SCHEDULE.alpha_bar).sqrt()[T].to(kept))
+
+
+def test_half_precision_outputs_still_step_in_float32() -> None:
+    d = process(variance="learned_range")
+    p = d.posterior(images(0, 6, torch.float16), images(1, dtype=torch.float32), T)
+    assert p.mean.dtype == p.log_var.dtype == p.x_0.dtype == torch.float32
+
+
+def test_tables_are_kept_by_device_and_instance() -> None:
+    first, second = process(), process()
+    here = first.at("signal", T, images(0))
+    meta = first.at("signal", T.to("meta"), images(0).to("meta"))
+    assert meta.device.type == "meta" and here.device.type == "cpu"
+    assert first._lookup("signal", here.device, here.dtype) is first._lookup(
+        "signal", here.device, here.dtype
+    )
+    assert not second._on_device
+
+
+def test_tables_first_used_in_inference_mode_serve_training() -> None:
+    d, x_t, output = process(), images(0), images(1).requires_grad_(True)
+    with torch.inference_mode():
+        d.posterior(output, x_t, T)
+    d.posterior(output, x_t, T).mean.sum().backward()
+    assert output.grad is not None

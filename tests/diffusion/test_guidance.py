@@ -1,0 +1,197 @@
+"""Guidance: directions, algebra, and what the networks are told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.guidance import (
+    classifier_free,
+    classifier_free_batched,
+    shift_mean,
+    shift_score,
+    similarity_gradient,
+    time_of_other_process,
+)
+from diff_dalle.diffusion.schedule import Schedule
+
+LINEAR = GaussianDiffusion(Schedule.make("linear", 1000))
+COSINE = GaussianDiffusion(Schedule.make("cosine", 1000), variance="fixed_large")
+T = torch.tensor([0, 300, 900])
+
+
+def images(seed: int, channels: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(3, channels, 4, 4, generator=generator, dtype=torch.float64)
+
+
+class Encoder(nn.Module):
+    """A small noised image encoder that remembers the time it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(5, 48, generator=generator, dtype=torch.float64))
+        self.times: list[Tensor] = []
+
+    def forward(self, x_t: Tensor, time: Tensor) -> Tensor:
+        self.times.append(time)
+        return F.normalize(torch.tanh(x_t.flatten(1)) @ self.weight.T, dim=-1)  # [B,E]
+
+
+def guide_of(encoder: Encoder, scale: float = 1.0) -> tuple[Callable, Tensor]:
+    text = F.normalize(torch.arange(15, dtype=torch.float64).reshape(3, 5).sin(), dim=-1)
+    return similarity_gradient(encoder, text, scale, COSINE.respace("10").model_time), text
+
+
+def test_the_gradient_points_uphill() -> None:
+    encoder, x = Encoder(), images(0)
+    guide, text = guide_of(encoder)
+    t = torch.tensor([0, 4, 9])
+    before = (encoder(x, t) * text).sum(-1)
+    after = (encoder(x + 0.05 * guide(x, t), t) * text).sum(-1)
+    assert (after > before).all()
+
+
+def test_the_gradient_is_that_of_the_scaled_similarity() -> None:
+    encoder, x, t = Encoder(), images(0), torch.tensor([0, 4, 9])
+    guide, text = guide_of(encoder, scale=7.0)
+    found, step = guide(x, t), torch.zeros_like(x)
+    step[:, 1, 2, 3] = 1e-6
+    rise = ((encoder(x + step, t) - encoder(x - step, t)) * text).sum(-1) * 7 / 2e-6
+    torch.testing.assert_close(found[:, 1, 2, 3], rise, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(guide_of(encoder, scale=-7.0)[0](x, t), -found)
+
+
+def test_guides_work_where_gradients_are_off_and_leave_the_encoder_alone() -> None:
+    encoder, x = Encoder(), images(0)
+    guide, _ = guide_of(encoder)
+    with torch.no_grad():
+        gradient = guide(x, torch.tensor([0, 4, 9]))
+    assert gradient.shape == x.shape and gradient.abs().max() > 0
+    assert not gradient.requires_grad and not x.requires_grad
+    assert encoder.weight.grad is None
+    assert encoder.times[-1].tolist() == [0, 444, 999]  # the base process's steps
+
+
+def test_one_samples_gradient_does_not_depend_on_its_neighbours() -> None:
+    encoder, x, t = Encoder(), images(0), torch.tensor([0, 4, 9])
+    guide, text = guide_of(encoder)
+    alone = similarity_gradient(encoder, text[1:2], 1.0, COSINE.respace("10").model_time)
+    torch.testing.assert_close(alone(x[1:2], t[1:2])[0], guide(x, t)[1])
+
+
+def test_mean_shift() -> None:
+    p = COSINE.posterior(images(0), images(1), T)
+    gradient = images(2)
+    shifted = shift_mean(p, gradient)
+    torch.testing.assert_close(shifted.mean - p.mean, p.log_var.exp() * gradient)
+    assert shifted.x_0 is p.x_0 and shifted.log_var is p.log_var
+
+
+def test_score_shift() -> None:
+    x_t, gradient = images(1), images(2)
+    p = COSINE.posterior(images(0), x_t, T)
+    shifted = shift_score(COSINE, p, x_t, T, gradient)
+    moved = COSINE.eps_from_x0(shifted.x_0, x_t, T) - COSINE.eps_from_x0(p.x_0, x_t, T)
+    sigma = (1 - COSINE.alpha_bar[T]).sqrt().reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(moved, -sigma * gradient, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(shifted.mean, COSINE.q_posterior(shifted.x_0, x_t, T).mean)
+
+
+def test_both_shifts_lead_the_same_way() -> None:
+    """For small steps the mean moves equally: beta / sqrt(alpha) g against Sigma g."""
+    x_t, gradient = images(1), images(2)
+    p = COSINE.posterior(images(0), x_t, torch.full((3,), 300), clip=False)
+    by_mean = shift_mean(p, gradient).mean - p.mean
+    by_score = shift_score(COSINE, p, x_t, torch.full((3,), 300), gradient).mean - p.mean
+    torch.testing.assert_close(by_mean, by_score, rtol=0.01, atol=1e-9)
+
+
+def cond(x: Tensor, time: Tensor) -> Tensor:
+    return torch.cat([x.sin(), x + time.reshape(-1, 1, 1, 1)], dim=1)
+
+
+def uncond(x: Tensor, time: Tensor) -> Tensor:
+    return torch.cat([x.cos(), x - time.reshape(-1, 1, 1, 1)], dim=1)
+
+
+def test_classifier_free_scales() -> None:
+    x = images(0)
+    c, u = cond(x, T), uncond(x, T)
+    assert torch.equal(classifier_free(cond, uncond, 1.0, True)(x, T), c)
+    zero = classifier_free(cond, uncond, 0.0, True)(x, T)
+    assert torch.equal(zero[:, :3], u[:, :3]) and torch.equal(zero[:, 3:], c[:, 3:])
+    three = classifier_free(cond, uncond, 3.0, True)(x, T)
+    torch.testing.assert_close(three[:, :3], 3 * c[:, :3] - 2 * u[:, :3])
+    assert torch.equal(three[:, 3:], c[:, 3:])  # the variance is the conditional model's
+    all_channels = classifier_free(cond, uncond, 3.0, False)(x, T)
+    torch.testing.assert_close(all_channels, 3 * c - 2 * u)
+
+
+def test_scale_one_spares_the_unconditional_network() -> None:
+    def never(x: Tensor, time: Tensor) -> Tensor:
+        raise AssertionError("asked for nothing")
+
+    classifier_free(cond, never, 1.0, True)(images(0), T)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("learned", [True, False])
+def test_one_batch_equals_two(scale: float, learned: bool) -> None:
+    def both(x: Tensor, time: Tensor) -> Tensor:
+        half = len(x) // 2
+        return torch.cat([cond(x[:half], time[:half]), uncond(x[half:], time[half:])])
+
+    found = classifier_free_batched(both, scale, learned)(images(0), T)
+    torch.testing.assert_close(found, classifier_free(cond, uncond, scale, learned)(images(0), T))
+
+
+def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda x, time: output
+
+
+def test_classifier_free_guidance_commutes_with_the_prediction() -> None:
+    """Extrapolating eps, x_0 or v is the same guidance."""
+    x_t, c, u = images(0), images(1), images(2)
+    found = []
+    for prediction, turn in (
+        ("x0", lambda x_0: x_0),
+        ("eps", lambda x_0: COSINE.eps_from_x0(x_0, x_t, T)),
+        ("v", lambda x_0: COSINE.velocity(x_0, T, COSINE.eps_from_x0(x_0, x_t, T))),
+    ):
+        d = GaussianDiffusion(COSINE.schedule, prediction=prediction, variance="fixed_small")
+        model = classifier_free(constant(turn(c)), constant(turn(u)), 4.0, False)
+        found.append(d.predict_x0(model(x_t, T), x_t, T))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-7, atol=1e-7)
+
+
+def test_a_clip_of_the_same_process_is_told_the_base_step() -> None:
+    sampled = LINEAR.respace("250")
+    t = torch.arange(250)
+    assert torch.equal(time_of_other_process(sampled, LINEAR)(t), sampled.model_time(t))
+
+
+def test_a_clip_of_another_schedule_is_asked_at_the_same_noise_level() -> None:
+    sampled, t = LINEAR.respace("25"), torch.arange(25)
+    steps = time_of_other_process(sampled, COSINE)(t)
+    assert torch.equal(steps, COSINE.nearest_step(sampled.alpha_bar))
+    # Nowhere more than half a step off, where the cosine schedule reaches that level at all.
+    log_snr, wanted = COSINE.schedule.log_snr, sampled.schedule.log_snr
+    inside = (wanted < log_snr[1]) & (wanted > log_snr[-2])
+    gaps = (log_snr[steps] - wanted).abs()[inside]
+    neighbours = (log_snr[steps[inside] + 1] - log_snr[steps[inside] - 1]).abs()
+    assert inside.sum() > 20 and (gaps < neighbours).all()
+    assert not torch.equal(steps, sampled.model_time(t))
+
+
+def test_another_process_that_rescales_its_time_is_told_it_rescaled() -> None:
+    other = GaussianDiffusion(Schedule.make("cosine", 4000), rescale_timesteps=True)
+    times = time_of_other_process(COSINE, other)(torch.tensor([500]))
+    assert times.dtype == torch.float32 and float(times[0]) == pytest.approx(500, abs=1)

@@ -1,0 +1,162 @@
+"""Samplers of training steps against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from diff_dalle import keyed_noise
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.losses import LossConfig
+from diff_dalle.diffusion.schedule import Schedule
+from diff_dalle.diffusion.timesteps import (
+    TIMESTEP_SAMPLERS,
+    LogSNRNormalSampler,
+    LossSecondMomentSampler,
+    TimestepSampler,
+    UniformSampler,
+    make_timestep_sampler,
+)
+
+DIFFUSION = GaussianDiffusion(Schedule.make("cosine", 1000))
+LOG_SNR = DIFFUSION.schedule.log_snr
+
+
+def stratified(count: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return ((torch.arange(count, dtype=torch.float64) + 0.5) / count).to(dtype)
+
+
+def warmed_up(num_steps: int = 50) -> LossSecondMomentSampler:
+    sampler = LossSecondMomentSampler(num_steps)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        order = torch.randperm(num_steps, generator=generator)
+        sampler.update(order, torch.rand(num_steps, generator=generator) * (order + 1))
+    return sampler
+
+
+@pytest.fixture(params=TIMESTEP_SAMPLERS)
+def sampler(request: pytest.FixtureRequest) -> TimestepSampler:
+    made = make_timestep_sampler(LossConfig(schedule_sampler=request.param), DIFFUSION)
+    if isinstance(made, LossSecondMomentSampler):
+        for _ in range(10):
+            made.update(torch.arange(1000), torch.linspace(0.1, 2.0, 1000))
+    return made
+
+
+def test_frequencies_are_the_probabilities(sampler: TimestepSampler) -> None:
+    count = 400_000
+    t, weights = sampler.sample(stratified(count))
+    assert t.dtype == torch.int64 and weights.dtype == torch.float32
+    assert t.shape == weights.shape == (count,)
+    frequencies = torch.bincount(t, minlength=1000).double() / count
+    assert float(sampler.probabilities().sum()) == pytest.approx(1)
+    assert (frequencies - sampler.probabilities()).abs().max() < 2 / count
+
+
+def test_the_ends_of_the_unit_interval_are_safe(sampler: TimestepSampler) -> None:
+    u = torch.tensor([2.0**-24, 1 - 2.0**-24, 1.0])
+    t, weights = sampler.sample(u)
+    assert int(t.min()) >= 0 and int(t.max()) <= 999 and torch.isfinite(weights).all()
+
+
+def test_keyed_noise_decides_the_step(sampler: TimestepSampler) -> None:
+    keys = torch.tensor([5, 6, 7, 5])
+    t, _ = sampler.sample(keyed_noise.uniform(keys, (), stream=0))
+    alone, _ = sampler.sample(keyed_noise.uniform(keys[1:2], (), stream=0))
+    assert t[0] == t[3] and t[1] == alone[0]
+
+
+def test_uniform() -> None:
+    t, weights = UniformSampler(4).sample(torch.tensor([0.01, 0.26, 0.5, 0.99]))
+    assert t.tolist() == [0, 1, 2, 3] and weights.tolist() == [1, 1, 1, 1]
+
+
+def test_second_moment_is_its_definition() -> None:
+    """Nichol and Dhariwal 2021, eq. 18, over the last ten losses, with a uniform 0.001."""
+    num_steps = 50
+    seen: list[list[float]] = [[] for _ in range(num_steps)]
+    sampler, generator = LossSecondMomentSampler(num_steps), torch.Generator().manual_seed(1)
+    for _ in range(60):  # batches with repeated steps, in order
+        t = torch.randint(num_steps, (40,), generator=generator)
+        losses = torch.rand(40, generator=generator) * (t + 1)
+        sampler.update(t, losses)
+        for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
+            seen[step].append(loss)
+    assert min(map(len, seen)) > 10
+    root = torch.tensor([(sum(x**2 for x in s[-10:]) / 10) ** 0.5 for s in seen])
+    wanted = 0.999 * root / root.sum() + 0.001 / num_steps
+    torch.testing.assert_close(sampler.probabilities().float(), wanted)
+
+
+def test_second_moment_is_uniform_until_every_step_has_ten_losses() -> None:
+    sampler = LossSecondMomentSampler(3)
+    for step, times in ((0, 12), (1, 10), (2, 9)):
+        sampler.update(torch.full((times,), step), torch.full((times,), 1.0 + step))
+    t, weights = sampler.sample(stratified(300))
+    assert torch.bincount(t).tolist() == [100, 100, 100] and (weights == 1).all()
+    sampler.update(torch.tensor([2]), torch.tensor([3.0]))
+    assert sampler.probabilities()[2] > 0.49
+
+
+def test_second_moment_leaves_the_expected_loss_alone() -> None:
+    sampler, losses = warmed_up(), torch.rand(50, dtype=torch.float64)
+    t, weights = sampler.sample(stratified(500_000))
+    assert float((weights * losses[t]).mean()) == pytest.approx(float(losses.mean()), rel=1e-3)
+    assert (weights.max() / weights.min()) > 5
+
+
+def test_losses_that_are_not_finite_are_left_out() -> None:
+    sampler = warmed_up()
+    before = sampler.probabilities()
+    sampler.update(torch.tensor([3, 4]), torch.tensor([float("nan"), float("inf")]))
+    assert torch.equal(sampler.probabilities(), before)
+
+
+def test_losses_of_zero_give_uniform_steps() -> None:
+    sampler = LossSecondMomentSampler(2)
+    sampler.update(torch.tensor([0, 1] * 10), torch.zeros(20))
+    assert sampler.probabilities().tolist() == [0.5, 0.5]
+
+
+def test_second_moment_goes_on_from_its_state() -> None:
+    old, new = warmed_up(), LossSecondMomentSampler(50)
+    new.load_state_dict(old.state_dict())
+    for sampler in (old, new):
+        sampler.update(torch.tensor([7, 7, 8]), torch.tensor([1.0, 2.0, 30.0]))
+    assert torch.equal(old.probabilities(), new.probabilities())
+    partly = LossSecondMomentSampler(50)
+    partly.update(torch.tensor([1]), torch.tensor([2.0]))
+    new.load_state_dict(partly.state_dict())
+    assert new.state_dict()["counts"].sum() == 1
+    with pytest.raises(ValueError, match="losses are"):
+        LossSecondMomentSampler(49).load_state_dict(old.state_dict())
+
+
+def test_log_snr_is_normally_distributed() -> None:
+    sampler = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6)
+    t, weights = sampler.sample(stratified(400_000))
+    drawn = LOG_SNR[t]
+    assert float(drawn.mean()) == pytest.approx(-2.2, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(1.6, abs=0.02)
+    for z in (-2.0, -1.0, -0.3, 0.0, 0.5, 1.5):
+        wanted = float(torch.special.ndtr(torch.tensor(z)))
+        assert float((drawn < -2.2 + 1.6 * z).double().mean()) == pytest.approx(wanted, abs=0.004)
+    assert (weights == 1).all()
+
+
+def test_log_snr_probabilities_are_density_times_width() -> None:
+    p = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6).probabilities()
+    density = torch.exp(-0.5 * ((LOG_SNR[1:-1] + 2.2) / 1.6) ** 2)
+    width = (LOG_SNR[:-2] - LOG_SNR[2:]) / 2
+    wanted = density * width
+    torch.testing.assert_close(p[1:-1] / p[500], wanted / wanted[499], rtol=1e-9, atol=1e-30)
+
+
+def test_a_uniform_share_trains_every_step() -> None:
+    pure = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6).probabilities()
+    cfg = LossConfig(schedule_sampler="logsnr-normal", logsnr_uniform=0.2)
+    mixed = make_timestep_sampler(cfg, DIFFUSION).probabilities()
+    torch.testing.assert_close(mixed, 0.8 * pure + 0.2 / 1000)
+    assert pure.min() < 1e-8 and mixed.min() >= 0.2 / 1000

@@ -1,0 +1,110 @@
+"""The house rules that a machine can see: import direction, file length, one owner a knob."""
+
+import ast
+import dataclasses
+import importlib
+import pkgutil
+from pathlib import Path
+
+import diff_dalle
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "diff_dalle"
+
+# Room -> the rooms it may import. Leaves are open to all.
+LEAVES = {"errors", "knobs", "keyed_noise"}
+ARROWS = {
+    "models": set(),
+    "diffusion": set(),
+    "data": set(),
+    "distributed": set(),
+    "presets": set(),
+    "sampling_io": {"data"},
+    "training": {"models", "diffusion", "data", "distributed"},
+    "config": {"presets", "training", "sampling_io", "models", "diffusion", "data"},
+    "loading": {"config", "training", "models", "diffusion", "data"},
+    "preset_table": {"config", "presets", "models", "diffusion"},
+    "cascade": {"loading", "config", "training", "sampling_io", "models", "diffusion", "data"},
+    "evaluation": {"cascade", "loading", "config", "training", "models", "diffusion", "data"},
+    "cli": {"scripts"},
+    "__init__": {"cascade"},
+}
+
+
+def room(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """The rooms of the package that a file imports, at its top or inside a function."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        modules = []
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules = [node.module]
+            if node.module == "diff_dalle":
+                modules = [f"diff_dalle.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == "diff_dalle" and len(parts) > 1:
+                rooms.add(parts[1])
+    return rooms
+
+
+def test_imports_run_one_way() -> None:
+    wrong = []
+    for path in PACKAGE.rglob("*.py"):
+        here = room(path)
+        allowed = ARROWS.get(here, set()) | LEAVES | {here}
+        wrong += [f"{path.relative_to(ROOT)}: {there}" for there in imported_rooms(path) - allowed]
+    assert not wrong
+
+
+def test_every_room_is_named() -> None:
+    rooms = {room(path) for path in PACKAGE.rglob("*.py")}
+    assert rooms <= set(ARROWS) | LEAVES
+
+
+def test_only_training_and_scripts_know_the_ranks() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        if room(path) not in ("training", "distributed"):
+            assert "distributed" not in imported_rooms(path), path
+
+
+def test_files_have_one_job() -> None:
+    files = [
+        path
+        for folder in ("diff_dalle", "scripts", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
+    long = {str(p): n for p in files if (n := len(p.read_text("utf-8").splitlines())) > 400}
+    assert not long
+    scripts = (ROOT / "scripts").glob("*.py")
+    long = {p.name: n for p in scripts if (n := len(p.read_text("utf-8").splitlines())) > 60}
+    assert not long
+
+
+def test_a_knob_has_one_owner_in_a_run() -> None:
+    config = importlib.import_module("diff_dalle.config")
+    for run_class in (config.GeneratorRun, config.ClassifierRun):
+        names = [
+            field.name
+            for section in config._sections(run_class).values()
+            for field in dataclasses.fields(section)
+        ]
+        assert sorted(set(names)) == sorted(names)
+
+
+def test_mpi_is_never_imported_at_the_top() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                assert "mpi4py" not in ast.unparse(node), path
+
+
+def test_every_module_imports() -> None:
+    for module in pkgutil.walk_packages(diff_dalle.__path__, "diff_dalle."):
+        importlib.import_module(module.name)

@@ -1,0 +1,157 @@
+"""Flags, presets and configuration files become runs; wrong ones stop in one line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from diff_dalle.config import (
+    ClassifierRun,
+    GeneratorRun,
+    from_flat,
+    parse_run,
+    parse_sample_run,
+    shaping_fields,
+    to_flat,
+)
+from diff_dalle.errors import UsageError
+from diff_dalle.presets import PRESETS
+
+README_GENERATOR = (
+    "--data_dir path/to/images --image_size 64 --num_channels 128 --num_res_blocks 2 "
+    "--enc_attn_dim 512 --dropout 0.1 --use_fp16 True --noise_schedule cosine "
+    "--lr 3e-4 --batch_size 512 --microbatch 64"
+)
+README_CLASSIFIER = (
+    "--data_dir path/to/train_data --val_data_dir path/to/val_data --image_size 64 "
+    "--classifier_depth 2 --classifier_width 128 --classifier_enc_attn_dim 512 --use_fp16 True "
+    "--iterations 300000 --batch_size 128 --lr 3e-4 --weight_decay 0.1"
+)
+README_SAMPLE = (
+    "--model_path model_ema.pt --classifier_path classifier.pt --data_dir path/to/texts "
+    "--image_size 64 --num_channels 128 --num_res_blocks 2 --use_fp16 True "
+    "--classifier_depth 2 --classifier_width 128 --classifier_enc_attn_dim 512 "
+    "--classifier_scale 1.0 --noise_schedule cosine --timestep_respacing 250"
+)
+# Every flag that the ancestors' users type, for each kind of run.
+PUBLIC_GENERATOR = """image_size small_size num_channels num_res_blocks channel_mult
+attention_resolutions num_head_channels enc_attn_dim text_length dropout use_fp16 noise_schedule
+diffusion_steps learn_sigma lr weight_decay batch_size microbatch ema_rate iterations
+lr_anneal_steps warmup_steps log_interval save_interval resume_checkpoint gaussian_blur data_dir
+index_dir val_data_dir index_dir_val schedule_sampler use_kl predict_xstart rescale_timesteps
+rescale_learned_sigmas sigma_small num_heads num_heads_upsample resblock_updown
+use_scale_shift_norm use_new_attention_order use_checkpoint dropout_text anneal_lr eval_interval
+fp16_scale_growth resume_checkpoints device seed num_workers precision cond_drop_prob
+max_grad_norm adam_beta1 adam_beta2 adam_eps random_flip tokenizer cond_text init_checkpoint
+report_to validation_prompts max_train_samples dry_run log_dir clip_resume_checkpoint""".split()
+PUBLIC_CLASSIFIER = """image_size classifier_width classifier_depth classifier_enc_attn_dim
+classifier_attention_resolutions classifier_use_scale_shift_norm classifier_resblock_updown
+noised text_length use_fp16 iterations lr weight_decay batch_size microbatch anneal_lr
+eval_interval save_interval data_dir val_data_dir index_dir index_dir_val warmup_steps
+clip_resume_checkpoint""".split()
+PUBLIC_SAMPLE = """model_path classifier_path classifier_scale guidance_scale prompts data_dir
+num_samples timestep_respacing use_ddim seed grid_size save_png rerank low_res clip_denoised
+batch_size index_dir""".split()
+
+
+def test_readme_commands_parse() -> None:
+    run = parse_run(GeneratorRun, README_GENERATOR.split())
+    assert run.data.data_dir == ["path/to/images"]
+    assert (run.unet.num_channels, run.text.enc_attn_dim, run.text.text_length) == (128, 512, 48)
+    assert run.generator.cond_text and run.precision.use_fp16
+    assert (run.train.batch_size, run.train.microbatch, run.optim.lr) == (512, 64, 3e-4)
+    clip = parse_run(ClassifierRun, README_CLASSIFIER.split())
+    assert (clip.clip.classifier_width, clip.train.iterations) == (128, 300_000)
+    sample = parse_sample_run(README_SAMPLE.split())
+    assert sample.sample.model_path == ["model_ema.pt"] and sample.sample.use_fp16
+    assert sample.stated["num_channels"] == 128 and sample.stated["classifier_depth"] == 2
+    assert sample.stated["noise_schedule"] == "cosine" and "dropout" not in sample.stated
+
+
+@pytest.mark.parametrize(
+    ("parse", "names"),
+    [
+        (lambda argv: parse_run(GeneratorRun, argv), PUBLIC_GENERATOR),
+        (lambda argv: parse_run(ClassifierRun, argv), PUBLIC_CLASSIFIER),
+        (parse_sample_run, PUBLIC_SAMPLE),
+    ],
+)
+def test_every_public_flag_is_known(parse, names, capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in names if f"--{name}" not in shown] == []
+
+
+@pytest.mark.parametrize("spelling", [["--use_fp16"], ["--use_fp16", "True"], ["--use_fp16=true"]])
+def test_a_boolean_takes_a_value_or_nothing(spelling) -> None:
+    assert parse_run(GeneratorRun, spelling).precision.use_fp16
+
+
+def test_lists_and_aliases() -> None:
+    run = parse_run(
+        GeneratorRun,
+        ["--ema_rate", "0.9999,0.999", "--index_dir", "a", "b", "--channel_mult", "1,2"],
+    )
+    assert run.train.ema_rate == (0.9999, 0.999)
+    assert run.data.data_dir == ["a", "b"]
+    assert run.unet.channel_mult == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--num_chanels", "3"], "unknown argument --num_chanels; did you mean --num_channels"),
+        (["--num_chan", "3"], "unknown argument --num_chan"),
+        (["--lr", "fast"], "--lr"),
+        (["--lr", "-1"], "--lr is -1.0: it must be positive"),
+        (["--preset", "bas-64"], "did you mean base-64"),
+        (["--preset", "base-clip"], "is no generator preset"),
+        (["--small_size", "48"], "small_size"),
+        (["--config", "missing.yaml"], "missing.yaml cannot be read"),
+        (["stray"], "unknown argument stray"),
+    ],
+)
+def test_wrong_values_stop_in_one_line(argv, message) -> None:
+    with pytest.raises(UsageError) as caught:
+        parse_run(GeneratorRun, argv)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_preset_then_file_then_flags(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("batch_size: 7\nlr: 1.0e-5\nema_rate: 0.9,0.99\nchannel_mult: [1, 2]\n")
+    argv = ["--preset", "base-64", "--config", str(path), "--lr", "0.5"]
+    run = parse_run(GeneratorRun, argv)
+    assert (run.unet.dropout, run.train.batch_size, run.optim.lr) == (0.1, 7, 0.5)
+    assert run.train.ema_rate == (0.9, 0.99) and run.unet.channel_mult == (1, 2)
+    path.write_text("batch_sise: 7\n")
+    with pytest.raises(UsageError, match="no such key: batch_sise; did you mean batch_size"):
+        parse_run(GeneratorRun, argv)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_run_survives_json(name: str) -> None:
+    run_class = GeneratorRun if PRESETS[name][0] == "generator" else ClassifierRun
+    run = parse_run(run_class, ["--preset", name])
+    assert from_flat(run_class, json.loads(json.dumps(to_flat(run)))) == run
+
+
+def test_unknown_keys_of_a_newer_version_are_refused() -> None:
+    flat = to_flat(parse_run(GeneratorRun, [])) | {"wormhole": 1}
+    with pytest.raises(UsageError, match="wormhole"):
+        from_flat(GeneratorRun, flat)
+
+
+def test_run_time_choices_do_not_shape_weights() -> None:
+    names = shaping_fields()
+    assert {"num_channels", "noise_schedule", "text_length", "classifier_width"} <= names
+    assert not {"dropout", "use_checkpoint", "lr", "batch_size", "use_fp16"} & names
+
+
+def test_every_knob_explains_itself() -> None:
+    run = parse_run(GeneratorRun, [])
+    for section in dataclasses.fields(run):
+        for field in dataclasses.fields(getattr(run, section.name)):
+            assert field.metadata["help"], field.name

@@ -1,0 +1,218 @@
+"""Output files: whole or not at all, numbered, readable by numpy and people."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import tracemalloc
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diff_dalle.errors import UsageError
+from diff_dalle.sampling_io.outputs import Workshop, grid_shape, make_grid, make_output_folder
+from diff_dalle.sampling_io.store import Pictures, PictureStore, read_pictures
+
+
+def pictures(count: int, size: int, seed: int = 0) -> Pictures:
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), np.uint8)
+
+
+def write_run(folder: Path, stages: list[Pictures], *, png: bool = False) -> list[Path]:
+    count = len(stages[0])
+    workshop = Workshop.create(folder, count, [len(stage[0]) for stage in stages])
+    for index in reversed(range(count)):  # any order
+        workshop.write([index], [stage[index : index + 1] for stage in stages], png)
+    workshop.flush()
+    captions = [f"caption {n}" for n in range(count)]
+    return workshop.publish(captions, {"seed": 0}, grid_size=20)
+
+
+def test_every_file_of_a_run(tmp_path: Path) -> None:
+    small, large = pictures(5, 4), pictures(5, 8, seed=1)
+    places = write_run(tmp_path, [small, large], png=True)
+    assert sorted(os.listdir(tmp_path)) == sorted(place.name for place in places)
+    assert {place.name for place in places} == {
+        "samples_5x4x4x3.npz",
+        "samples_5x4x4x3.txt",
+        "samples_5x8x8x3.npz",
+        "samples_5x8x8x3.txt",
+        "samples_5x8x8x3.json",
+        "samples_5x8x8x3",
+        "grid.jpg",
+        "grid.txt",
+    }
+    assert places[0].name == "samples_5x8x8x3.npz"
+    for name, expected in (("samples_5x4x4x3", small), ("samples_5x8x8x3", large)):
+        with np.load(tmp_path / f"{name}.npz") as archive:
+            assert archive.files == ["arr_0"]
+            np.testing.assert_array_equal(archive["arr_0"], expected)
+        lines = (tmp_path / f"{name}.txt").read_text().splitlines()
+        assert lines == [f"caption {n}" for n in range(5)]
+    with Image.open(tmp_path / "samples_5x8x8x3" / "000003.png") as image:
+        np.testing.assert_array_equal(np.asarray(image), large[3])
+    manifest = json.loads((tmp_path / "samples_5x8x8x3.json").read_text())
+    assert manifest["seed"] == 0 and "samples_5x4x4x3.npz" in manifest["files"]
+
+
+def test_the_grid_shows_whole_unscaled_pictures(tmp_path: Path) -> None:
+    stage = pictures(5, 8)
+    write_run(tmp_path, [stage])  # 20 px hold 2 pictures of 8 px an axis
+    with Image.open(tmp_path / "grid.jpg") as grid:
+        assert grid.size == (16, 16)
+    assert (tmp_path / "grid.txt").read_text().splitlines() == [f"caption {n}" for n in range(4)]
+    exact = np.asarray(make_grid(list(stage[:4]), 2, 2))
+    np.testing.assert_array_equal(exact[8:, :8], stage[2])  # reading order: third is lower left
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "grid_size", "shape"),
+    [
+        (100, 64, 512, (8, 8)),
+        (4, 1024, 512, (1, 1)),  # one whole image, never scaled down
+        (4, 1024, 2048, (2, 2)),
+        (3, 1024, 2048, (2, 2)),
+        (5, 64, 512, (1, 5)),
+        (1, 64, 64, (1, 1)),
+    ],
+)
+def test_grid_shape(count: int, size: int, grid_size: int, shape: tuple[int, int]) -> None:
+    assert grid_shape(count, size, grid_size) == shape
+
+
+def test_repeated_outputs_are_numbered_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("a run's")
+    first, second = pictures(2, 4), pictures(2, 4, seed=1)
+    write_run(tmp_path, [first])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    names = {place.name for place in write_run(tmp_path, [second])}
+    assert {"samples_2x4x4x3_2.npz", "samples_2x4x4x3_2.txt", "grid_2.jpg", "grid_2.txt"} < names
+    # Another size of run takes the same next number for all its files.
+    assert "samples_3x4x4x3_3.npz" in {p.name for p in write_run(tmp_path, [pictures(3, 4)])}
+    assert {path: path.read_bytes() for path in before} == before
+    np.testing.assert_array_equal(read_pictures(tmp_path / "samples_2x4x4x3.npz"), first)
+    np.testing.assert_array_equal(read_pictures(tmp_path / "samples_2x4x4x3_2.npz"), second)
+
+
+def test_captions_and_manifest_survive_awkward_prompts(tmp_path: Path) -> None:
+    prompts = ["two\nlines", "lone \ud800", "a\u2028b", "파란 별"]
+    workshop = Workshop.create(tmp_path, 4, [4])
+    workshop.write(range(4), [pictures(4, 4)], False)
+    workshop.publish(prompts, {"images": [{"prompt": text} for text in prompts]}, grid_size=64)
+    lines = (tmp_path / "samples_4x4x4x3.txt").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and lines[3] == "파란 별"
+    manifest = json.loads((tmp_path / "samples_4x4x4x3.json").read_text())
+    assert [image["prompt"] for image in manifest["images"]] == prompts
+
+
+def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
+    count, size = 400, 128  # 20 MB
+    workshop = Workshop.create(tmp_path, count, [size])
+    one = pictures(1, size)
+    tracemalloc.start()
+    for index in range(count):
+        workshop.write([index], [one], False)
+    workshop.publish(["x"] * count, {}, grid_size=size)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * 2**20
+    assert read_pictures(tmp_path / f"samples_{count}x{size}x{size}x3.npz").shape[0] == count
+
+
+STEPS = 40
+
+
+def test_a_kill_at_any_moment_leaves_a_whole_npz_or_none(tmp_path: Path) -> None:
+    """A child dies at every traced step of publishing in turn; the parent looks at what is left."""
+    stage = pictures(3, 16)
+    found = set()
+    for step in range(STEPS):
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        child = os.fork()
+        if child == 0:
+            _die_at_call(step)
+            write_run(folder, [stage])
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        final = folder / "samples_3x16x16x3.npz"
+        found.add(final.exists())
+        if final.exists():
+            np.testing.assert_array_equal(read_pictures(final), stage)
+        killed = os.WIFSIGNALED(status)
+        if killed:
+            # A killed run does not hinder the next one.
+            write_run(folder, [stage])
+    assert found == {True, False} and not killed  # the last child outlived its last call
+
+
+def _die_at_call(step: int) -> None:
+    """Kill this process at the step-th write, fsync or rename."""
+    calls = 0
+
+    def count(original):  # type: ignore[no-untyped-def]
+        def counted(*args, **kwargs):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            if calls == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return original(*args, **kwargs)
+
+        return counted
+
+    for name in ("fsync", "replace", "open"):
+        setattr(os, name, count(getattr(os, name)))
+    PictureStore.write = count(PictureStore.write)  # type: ignore[method-assign]
+    PictureStore.pack = count(PictureStore.pack)  # type: ignore[method-assign]
+
+
+def test_a_full_disk_is_refused_before_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
+    with pytest.raises(UsageError, match="MB left"):
+        Workshop.create(tmp_path, 1000, [64])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "env"))
+    assert make_output_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
+    assert make_output_folder(None) == tmp_path / "env" and (tmp_path / "env").is_dir()
+    monkeypatch.delenv("OPENAI_LOGDIR")
+    temporary = make_output_folder(None)
+    assert temporary.is_dir() and temporary != make_output_folder(None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be made"):
+        make_output_folder(str(tmp_path / "file"))
+
+
+def test_the_store_refuses_foreign_pictures(tmp_path: Path) -> None:
+    store = PictureStore(tmp_path / "x.npy", 2, 4)
+    store.create()
+    with pytest.raises(ValueError):
+        store.write(0, pictures(1, 5)[0])
+    with pytest.raises(IndexError):
+        store.write(2, pictures(1, 4)[0])
+
+
+def test_what_is_no_npz_of_pictures_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, np.zeros((2, 4, 4, 3)))
+    with pytest.raises(ValueError, match="float64"):
+        read_pictures(path)
+    np.savez(path, other=pictures(2, 4))
+    with pytest.raises(ValueError, match="arr_0"):
+        read_pictures(path)
+    np.savez(path, pictures(2, 4))
+    path.write_bytes(path.read_bytes()[:60])
+    with pytest.raises(ValueError, match="zip"):
+        read_pictures(path)
+    with pytest.raises(OSError):
+        read_pictures(tmp_path / "missing.npz")

@@ -1,0 +1,86 @@
+"""Draws are functions of a sample's seed alone, each with a stream of its own."""
+
+import math
+
+import torch
+
+from diff_dalle.training import draws
+
+SEEDS = torch.arange(4000, dtype=torch.int64) * 7_919 + 3
+
+
+def test_a_sample_meets_the_same_draws_in_any_batch() -> None:
+    order = torch.tensor([5, 2, 9])
+    some, all_ = SEEDS[order], SEEDS[:10]
+    assert torch.equal(draws.timestep(some), draws.timestep(all_)[order])
+    assert torch.equal(draws.noise(some, (3, 4, 4)), draws.noise(all_, (3, 4, 4))[order])
+    assert torch.equal(draws.caption_drop(some, 0.5), draws.caption_drop(all_, 0.5)[order])
+    level = draws.aug_level(all_, 0.3)[order]
+    assert torch.equal(draws.aug_level(some, 0.3), level)
+    rows, columns = draws.crop_corner(all_, 9)
+    assert torch.equal(
+        torch.stack(draws.crop_corner(some, 9)), torch.stack([rows, columns])[:, order]
+    )
+
+
+def test_draws_do_not_read_torchs_generator() -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = draws.noise(SEEDS[:3], (2,))
+    torch.manual_seed(1)
+    assert torch.equal(draws.noise(SEEDS[:3], (2,)), first)
+    torch.manual_seed(0)
+    draws.held_out(SEEDS[:3], (2,), 1)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_draw_has_a_stream_of_its_own() -> None:
+    held_out = {draws.Stream.HELD_OUT + i for i in range(8)}
+    training = {stream for stream in draws.Stream if stream != draws.Stream.HELD_OUT}
+    assert len(training) == len(draws.Stream) - 1 and not held_out & training
+
+    row, column = draws.crop_corner(SEEDS, 1_000_000)
+    singles = [
+        draws.timestep(SEEDS),
+        draws.aug_level(SEEDS, 1.0),
+        draws.blur_sigma(SEEDS, 1.0, (0.0, 1.0)),
+        row / 1e6,
+        column / 1e6,
+        draws.noise(SEEDS, ()),
+        draws.aug_noise(SEEDS, ()),
+        *(u for q in range(4) for u in draws.held_out(SEEDS, (), q)),
+    ]
+    table = torch.stack([numbers.double() for numbers in singles])
+    correlation = torch.corrcoef(table) - torch.eye(len(singles), dtype=torch.float64)
+    assert correlation.abs().max() < 5 / math.sqrt(len(SEEDS))
+
+
+def test_dropping_is_independent_of_what_else_is_drawn() -> None:
+    dropped = draws.caption_drop(SEEDS, 0.5)
+    for other in (draws.timestep(SEEDS), draws.blur_sigma(SEEDS, 1.0, (0.0, 1.0))):
+        assert abs(float(other[dropped].mean() - other[~dropped].mean())) < 0.05
+
+
+def test_shares_and_ranges() -> None:
+    assert abs(float(draws.caption_drop(SEEDS, 0.1).double().mean()) - 0.1) < 0.02
+    assert not draws.caption_drop(SEEDS, 0.0).any()
+    sigma = draws.blur_sigma(SEEDS, 0.5, (0.4, 0.6))
+    blurred = sigma > 0
+    assert abs(float(blurred.double().mean()) - 0.5) < 0.03
+    assert 0.4 <= float(sigma[blurred].min()) and float(sigma[blurred].max()) <= 0.6
+    level = draws.aug_level(SEEDS, 0.2)
+    assert 0 < float(level.min()) and float(level.max()) < 0.2
+    assert abs(float(level.mean()) - 0.1) < 0.005
+    assert not draws.aug_level(SEEDS, 0.0).any()
+
+
+def test_crops_reach_every_position_and_none_beyond() -> None:
+    rows, columns = draws.crop_corner(SEEDS, 5)
+    assert set(rows.tolist()) == set(columns.tolist()) == {0, 1, 2, 3, 4}
+    assert not any(part.any() for part in draws.crop_corner(SEEDS, 1))
+
+
+def test_held_out_noise_differs_between_quartiles() -> None:
+    noises = [draws.held_out(SEEDS[:2], (8,), q)[1] for q in range(4)]
+    assert not torch.equal(noises[0], noises[1])
+    assert torch.equal(noises[2], draws.held_out(SEEDS[:2], (8,), 2)[1])

@@ -1,0 +1,308 @@
+"""The loop around a task: what it keeps, when it stops, and what it never lets through."""
+
+import dataclasses
+import json
+import math
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from loop_tiny import (
+    ALONE,
+    OPTIM,
+    SIZE,
+    Stream,
+    ToyTask,
+    batch_of,
+    generator_task,
+    held_out,
+    record,
+    tiny_generator,
+    train_config,
+)
+from PIL import Image
+from torch import Tensor
+
+from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.errors import UsageError
+from diff_dalle.training.checkpoints import load_training_state, load_weights
+from diff_dalle.training.loop import Data, TrainConfig, train
+from diff_dalle.training.optim import OptimConfig
+from diff_dalle.training.previews import plan_previews, read_prompts
+from diff_dalle.training.tasks import Task
+
+
+def trained(
+    task: Task,
+    folder: Path,
+    *,
+    stream: Stream | None = None,
+    val: bool = True,
+    optim: OptimConfig = OPTIM,
+    tokenizer: Tokenizer | None = None,
+    **cfg: object,
+) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl of a run."""
+    data = Data(train=stream or Stream(), val=held_out if val else None, tokenizer=tokenizer)
+    config = train_config(folder, **cfg)
+    train(task, data, config, optim, record=record(task.kind), world=ALONE)
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_learns_and_writes_what_it_promises(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optim = dataclasses.replace(OPTIM, lr=0.02)
+    intervals = {"log_interval": 20, "save_interval": 30}
+    rows = trained(ToyTask(), tmp_path, optim=optim, iterations=60, **intervals)
+    assert [row["step"] for row in rows] == [20, 30, 40, 60]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    assert rows[-1]["samples"] == 240
+    for name in ("lr", "grad_norm", "param_norm", "img_per_sec", "data_wait_share", "eta"):
+        assert math.isfinite(rows[0][name]), name
+    assert rows[-1]["eta"] == 0
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "config.json", "tokenizer.json", "progress.csv", "metrics.jsonl",
+        "model000030.pt", "ema_0.9_000030.pt", "opt000030.pt", "manifest000030.json",
+        "model000060.pt", "ema_0.9_000060.pt", "opt000060.pt", "manifest000060.json",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["kind"] == "generator" and config["image_size"] == SIZE
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == lines[-1] == f"run folder: {tmp_path}"
+    assert any(line.startswith("step 20: loss ") and "eta" in line for line in lines)
+
+
+def test_an_update_is_the_one_written_by_hand(tmp_path: Path) -> None:
+    """Two steps of AdamW with clipping, warm-up and averaging, against torch alone."""
+    optim = OptimConfig(lr=0.01, warmup_steps=2, lr_schedule="constant", max_grad_norm=0.1)
+    trained(ToyTask(), tmp_path, iterations=2, optim=optim, ema_rate=(0.9, 0.5))
+
+    model = ToyTask().model
+    averages = {rate: [p.detach().clone() for p in model.parameters()] for rate in (0.9, 0.5)}
+    adam = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    for step, lr in enumerate((0.005, 0.01)):
+        batch = batch_of(range(4 * step, 4 * step + 4))
+        assert batch.tokens is not None
+        output = model(batch.image.float().mean((2, 3)) / 255)[:, 0]
+        adam.zero_grad()
+        ((output - batch.tokens[:, 1] / 10) ** 2).mean().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+        adam.param_groups[0]["lr"] = lr
+        adam.step()
+        for rate, average in averages.items():
+            for mean, p in zip(average, model.parameters(), strict=True):
+                mean.lerp_(p.detach(), 1 - rate)
+
+    state = load_training_state(tmp_path, 2)
+    for name, p in model.named_parameters():
+        assert torch.allclose(state.model[name], p, atol=1e-6), name
+    for rate, average in averages.items():
+        for (name, _), mean in zip(model.named_parameters(), average, strict=True):
+            assert torch.allclose(state.emas[str(rate)][name], mean, atol=1e-6), name
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path: Path, bad: float) -> None:
+    optim = dataclasses.replace(OPTIM, lr=0.05)
+    rows = trained(ToyTask(spoil={2: bad}), tmp_path, iterations=5, optim=optim, save_interval=1)
+    before, after = load_training_state(tmp_path, 2), load_training_state(tmp_path, 3)
+    for name, weights in before.model.items():
+        assert torch.equal(weights, after.model[name])
+        assert torch.equal(before.emas["0.9"][name], after.emas["0.9"][name])
+    last = load_training_state(tmp_path, 5)
+    assert all(bool(tensor.isfinite().all()) for tensor in last.model.values())
+    assert not torch.equal(last.model["0.weight"], after.model["0.weight"])
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1]
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+    assert last.extra["samples"] == 20  # the order goes on past the skipped batch
+
+
+def test_steps_that_are_never_finite_stop_the_run(tmp_path: Path) -> None:
+    task = ToyTask(spoil=dict.fromkeys(range(3, 100), math.nan))
+    with pytest.raises(UsageError, match="not finite"):
+        trained(task, tmp_path, iterations=100, save_interval=2)
+    assert load_training_state(tmp_path, 2).step == 2
+    assert "not finite" in (tmp_path / "error.txt").read_text()
+
+
+def test_fp16_lowers_its_scale_instead(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="fp16 on a CPU"):
+        task = ToyTask(spoil={1: math.inf}, precision="fp16")
+    rows = trained(task, tmp_path, iterations=4)
+    assert [round(row["lg_loss_scale"]) for row in rows] == [20, 19, 19, 19]
+    assert rows[-1]["skipped_steps"] == 1
+
+
+def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:
+    rows = trained(ToyTask(), tmp_path, stream=Stream(bad=(1, 6, 7)), iterations=4, log_interval=2)
+    lines = [json.loads(line) for line in (tmp_path / "bad_samples.jsonl").read_text().splitlines()]
+    assert [line["key"] for line in lines] == ["000001", "000006", "000007"]
+    assert {line["reason"] for line in lines} == {"truncated"}
+    assert [row["bad_share"] for row in rows] == [3 / 8, 0.0]
+
+
+def test_the_best_weights_are_kept(tmp_path: Path) -> None:
+    task = ToyTask(scores=[3.0, 9.0, 1.0, 9.0, math.nan, 9.0])  # raw and averaged in turn
+    rows = trained(task, tmp_path, iterations=3, eval_interval=1, save_interval=1)
+    assert [row["val_loss"] for row in rows] == pytest.approx([3.0, 1.0, math.nan], nan_ok=True)
+    assert [row["ema_val_loss"] for row in rows] == [9.0, 9.0, 9.0]
+    best = load_weights(tmp_path / "best.pt")
+    assert (best.step, best.kind, best.ema_rate) == (2, "generator", None)
+    for name, weights in load_training_state(tmp_path, 2).model.items():
+        assert torch.equal(best.state_dict[name], weights)
+
+
+def test_a_task_may_keep_no_best(tmp_path: Path) -> None:
+    task = ToyTask()
+    task.keeps_best = False
+    trained(task, tmp_path, iterations=2, eval_interval=1)
+    assert not (tmp_path / "best.pt").exists()
+
+
+def test_training_stops_early_on_request_and_stays_stopped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = [2.0, 0.0, 1.0, 0.0, 1.5, 0.0, 1.2, 0.0]
+    trained(ToyTask(scores=scores, stop_early=2), tmp_path, iterations=50, eval_interval=2)
+    assert load_training_state(tmp_path, 8).step == 8  # saved although no save was due
+    assert "stops at step 8" in capsys.readouterr().out
+    stream = Stream()
+    trained(ToyTask(stop_early=2), tmp_path, stream=stream, iterations=50, eval_interval=2)
+    assert not stream.seen
+    rows = trained(ToyTask(stop_early=4), tmp_path, iterations=9, eval_interval=2)
+    assert rows[-1]["step"] == 9
+
+
+def test_without_held_out_data_nothing_is_evaluated(tmp_path: Path) -> None:
+    rows = trained(ToyTask(), tmp_path, val=False, iterations=2, eval_interval=1)
+    assert "val_loss" not in rows[-1] and not (tmp_path / "best.pt").exists()
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_dry_run_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    before = tree(tmp_path)
+    task = generator_task(tiny_generator())
+    cfg = train_config(tmp_path / "run", dry_run=2, iterations=1000, num_preview=1)
+    data = Data(train=Stream(), val=held_out)
+    assert train(task, data, cfg, OPTIM, record=record(), world=ALONE) is None
+    assert tree(tmp_path) == before
+    said = capsys.readouterr().out
+    parameters = sum(p.numel() for p in task.model.parameters())
+    for part in (
+        f"{parameters:,} parameters from step 0 to 1,000, 4,000 samples",
+        f"checkpoints of 0.01 GiB each to {tmp_path / 'run'}",
+        "samples_000002.png",
+        "model000002.pt",
+        "GiB at its peak",
+    ):
+        assert part in said
+    assert "step 2: loss" in said and "step 3: loss" not in said
+
+
+def test_a_dry_run_in_a_run_folder_changes_nothing(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path, iterations=3)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    cfg = train_config(tmp_path, dry_run=1, iterations=10)
+    data = Data(train=Stream())
+    train(ToyTask(), data, cfg, OPTIM, record=record(), world=ALONE)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class Painter(ToyTask):
+    """Previews the colour of its first weight."""
+
+    preview_from = "prompts"
+
+    def preview(self, batch: object, keys: Tensor, name: str) -> dict[str, Tensor]:
+        level = float(next(self.model.parameters()).detach().flatten()[0]) * 100 + 128
+        return {name: torch.full((len(keys), 3, 4, 4), int(level), dtype=torch.uint8)}
+
+
+def test_previews_show_raw_and_averaged_weights_with_their_captions(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["red circle", "빨간 원"], vocab_size=300)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes("\ufeffred circle\r\n\r\n빨간 원\n".encode())
+    task = Painter()
+    optim = dataclasses.replace(OPTIM, lr=0.1)
+    trained(
+        task,
+        tmp_path / "run",
+        optim=optim,
+        iterations=4,
+        num_preview=3,
+        sample_interval=2,
+        ema_rate=(0.9, 0.99),
+        validation_prompts=str(prompts),
+        tokenizer=tokenizer,
+    )
+    grids = sorted(path.name for path in (tmp_path / "run").glob("samples_*"))
+    stems = ["samples_000002", "samples_000004"]
+    assert grids == [f"{stem}.{end}" for stem in stems for end in ("png", "txt")]
+    picture = Image.open(tmp_path / "run" / "samples_000004.png")
+    assert picture.size == (2 * 4, 3 * 4)
+    levels = {picture.getpixel((1, 4 * row + 1)) for row in range(3)}
+    assert len(levels) == 3  # the weights and both averages differ
+    text = (tmp_path / "run" / "samples_000004.txt").read_text(encoding="utf-8")
+    assert text.splitlines() == [
+        "rows: model, ema_0.9, ema_0.99", "column 1: red circle", "column 2: 빨간 원"
+    ]  # fmt: skip
+
+
+def test_previews_take_their_captions_from_the_data() -> None:
+    tokenizer = Tokenizer.train(["abc"], vocab_size=259)
+    batch = batch_of(range(5), bad=[1])
+    preview = plan_previews(
+        generator_task(tiny_generator()),
+        batch,
+        number=3,
+        prompts=[],
+        tokenizer=tokenizer,
+        seed=0,
+        world=ALONE,
+    )
+    assert preview.batch.keys == ["000000", "000002", "000003"]  # whole samples only
+    assert preview.captions[0] == tokenizer.decode(batch_of([0]).tokens[0])  # type: ignore[index]
+    assert len(set(preview.keys.tolist())) == 3
+
+
+def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name in ("empty.txt", "missing.txt"):
+        with pytest.raises(UsageError, match=f"--validation_prompts .*{name}"):
+            read_prompts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"microbatch": 0},
+        {"iterations": 0},
+        {"log_interval": 0},
+        {"num_preview": -1},
+        {"dry_run": -1},
+        {"init_checkpoint": "a.pt", "resume_checkpoint": "b.pt"},
+    ],
+)
+def test_wrong_knobs_are_named(wrong: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(wrong))} is"):
+        TrainConfig(**wrong)
+
+
+def test_previews_grow_fewer_with_their_size() -> None:
+    cfg = TrainConfig()
+    assert [cfg.resolved_num_preview(size) for size in (64, 256, 1024)] == [8, 8, 2]
+    assert cfg.resolved_sample_interval == cfg.save_interval
+    assert cfg.iterations == 200_000
