@@ -90,6 +90,7 @@ class ClassifierRun:
 
 
 Run = TypeVar("Run", GeneratorRun, ClassifierRun)
+Section = TypeVar("Section")
 
 # What shapes weights or the noise process: it must agree wherever it is stated twice.
 _RUN_TIME = {"dropout", "dropout_text", "use_checkpoint", "vocab_size", "sigma_small"}
@@ -142,13 +143,18 @@ class Parser:
         Raises:
             UsageError: an unknown flag (naming the nearest known one) or a wrong value.
         """
-        namespace, unknown = self._parser.parse_known_args(list(argv))
+        values, unknown = self.parse_known(argv)
         if unknown:
             flag = unknown[0].split("=")[0]
             matches = difflib.get_close_matches(flag, [f"--{n}" for n in self.names], n=1)
             hint = f"; did you mean {matches[0]}?" if matches else "; see --help"
             raise UsageError(f"unknown argument {unknown[0]}{hint}")
-        return vars(namespace)
+        return values
+
+    def parse_known(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+        """The values of all flags, and the arguments that are none of them."""
+        namespace, unknown = self._parser.parse_known_args(list(argv))
+        return vars(namespace), unknown
 
 
 def parse_run(run_class: type[Run], argv: Sequence[str]) -> Run:
@@ -163,6 +169,19 @@ def parse_run(run_class: type[Run], argv: Sequence[str]) -> Run:
     if chosen.config is not None:
         parser.set_defaults(read_config_file(chosen.config), chosen.config)
     return from_flat(run_class, parser.parse(rest))
+
+
+def parse_section(section: type[Section], argv: Sequence[str]) -> Section:
+    """One configuration class from a command line of its flags alone."""
+    return section(**Parser([section]).parse(argv))
+
+
+def parse_section_and_run(
+    section: type[Section], run_class: type[Run], argv: Sequence[str]
+) -> tuple[Section, Run]:
+    """A configuration class of a command's own, and the run that the other flags describe."""
+    values, rest = Parser([section]).parse_known(argv)
+    return section(**values), parse_run(run_class, rest)
 
 
 def preset_values(name: str, kind: str) -> dict[str, Any]:

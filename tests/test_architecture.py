@@ -23,6 +23,7 @@ ARROWS = {
     "training": {"models", "diffusion", "data", "distributed"},
     "config": {"presets", "training", "sampling_io", "models", "diffusion", "data"},
     "loading": {"config", "training", "models", "diffusion", "data"},
+    "conversion": {"config", "training", "models"},
     "preset_table": {"config", "presets", "models", "diffusion"},
     "cascade": {"loading", "config", "training", "sampling_io", "models", "diffusion", "data"},
     "evaluation": {"cascade", "loading", "config", "training", "models", "diffusion", "data"},

@@ -1,0 +1,71 @@
+"""Published guided-diffusion weights as checkpoints of ours."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from diff_dalle.config import GeneratorRun, make_generator, to_flat
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import knob, require
+from diff_dalle.models.convert import convert_guided_diffusion
+from diff_dalle.training.checkpoints import save_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """What to convert; the architecture comes from ``--preset adm-64`` or from model flags."""
+
+    source: str = knob("", "guided-diffusion's .pt file of an unconditional generator")
+    out_path: str = knob("", "the checkpoint to write")
+
+    def __post_init__(self) -> None:
+        for name in ("source", "out_path"):
+            require(bool(getattr(self, name)), name, getattr(self, name), "name a file")
+
+
+def convert_file(cfg: ConvertConfig, run: GeneratorRun) -> int:
+    """Convert one file.
+
+    Returns:
+        The number of parameters.
+    Raises:
+        UsageError: the source is no state dict, or does not fit the architecture.
+    """
+    state_dict = read_state_dict(cfg.source)
+    with torch.device("meta"):
+        generator = make_generator(run)
+    converted = convert_guided_diffusion(state_dict, generator)
+    Path(cfg.out_path).absolute().parent.mkdir(parents=True, exist_ok=True)
+    save_weights(
+        Path(cfg.out_path),
+        kind=run.kind,
+        config=to_flat(run),
+        tokenizer_json=None,
+        step=0,
+        ema_rate=None,
+        state_dict=converted,
+    )
+    return sum(tensor.numel() for tensor in converted.values())
+
+
+def read_state_dict(path: str) -> dict[str, Tensor]:
+    """A plain dictionary of tensors from a ``.pt`` file; no code in it is ever run.
+
+    Raises:
+        UsageError: the file is missing or holds anything else.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as problem:
+        raise UsageError(f"--source {path} cannot be read: {problem.strerror}") from problem
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as problem:
+        raise UsageError(f"--source {path} is no state dict of tensors") from problem
+    tensors = isinstance(loaded, dict) and all(isinstance(v, Tensor) for v in loaded.values())
+    if not tensors:
+        raise UsageError(f"--source {path} is no state dict of tensors")
+    return loaded
