@@ -154,7 +154,7 @@ class ImageEncoder(nn.Module):
             raise ValueError(f"x is {tuple(x.shape)}: this encoder reads {size} x {size} px")
         embedding = F.silu(self.time_embed(t))  # [B,4*num_channels]
         folded = F.pixel_unshuffle(x, self.cfg.patch_size)
-        h = self.stem(folded.contiguous(memory_format=torch.channels_last))
+        h = self.stem(folded)
         for block in [*self.down, *self.middle]:
             h = block(h, embedding, None, None)
         return self.pool(F.silu(self.norm(h)))

@@ -290,7 +290,7 @@ class UNet(nn.Module):
         if text is not None and mask is not None:
             text, bias = text.masked_fill(~mask[:, :, None], 0.0), padding_bias(mask)
         folded = F.pixel_unshuffle(x, self.cfg.patch_size)  # [B,in*p*p,H/p,W/p]
-        h = self.stem(folded.contiguous(memory_format=torch.channels_last))
+        h = self.stem(folded)
         skips = [h]
         for block in self.down:
             h = block(h, embedding, text, bias)

@@ -39,14 +39,22 @@ def test_attend_is_the_formula() -> None:
 def test_large_scores_in_half_precision_neither_overflow_nor_leak_padding(
     dtype: torch.dtype,
 ) -> None:
-    query = torch.full((1, 2, 1, 8), 40.0, dtype=dtype)
-    key = torch.cat([query, query], dim=1)  # scores of 4,525
+    query = torch.full((1, 2, 1, 8), 20.0, dtype=dtype)
+    key = torch.cat([query, 2 * query], dim=1)  # scores of 1,131, and of 2,263 for padding
     value = torch.randn(1, 4, 1, 8).to(dtype)
     mask = torch.tensor([[True, True, False, False]])
     out = attend(query, key, value, padding_bias(mask))
     assert torch.isfinite(out).all()
     value[:, 2:] = 1000.0
     assert torch.equal(attend(query, key, value, padding_bias(mask)), out)
+
+
+def test_the_bias_is_finite_in_every_dtype() -> None:
+    bias = padding_bias(torch.tensor([[True, False]]))
+    assert bias.shape == (1, 1, 1, 2)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        low = bias.to(dtype).flatten()
+        assert torch.isfinite(low).all() and low[0] == 0 and low[1] < -20000
 
 
 def test_the_two_orders_of_qkv() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -215,3 +215,18 @@ def test_half_precision_training_gives_finite_gradients_near_fp32(
     close = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     assert torch.isfinite(close).all()
     assert (close - exact).norm() < (0.06 if dtype == torch.bfloat16 else 0.02) * exact.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_agrees_with_the_cpu(small: Small, perturb: Perturb, inputs: Inputs) -> None:
+    x, t, cond = inputs
+    cond = replace(_upsampler_cond(cond), drop=torch.tensor([True, False, False]))
+    model = perturb(small(UPSAMPLER))
+    y = model(x, t, cond)
+    there = {f.name: getattr(cond, f.name) for f in fields(cond)}
+    moved = Cond(**{name: None if v is None else v.cuda() for name, v in there.items()})
+    model.cuda()
+    assert torch.allclose(model(x.cuda(), t.cuda(), moved).cpu(), y, rtol=1e-2, atol=1e-2)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        low = model(x.cuda(), t.cuda(), moved).cpu()
+    assert (low - y).norm() < 0.03 * y.norm()

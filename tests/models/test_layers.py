@@ -56,6 +56,14 @@ def test_group_norm_stays_in_half_precision_under_autocast(dtype: torch.dtype) -
     assert torch.allclose(y.double(), expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA's autocast needs a GPU")
+def test_group_norm_does_not_cast_to_float32_on_a_gpu() -> None:
+    norm, x = GroupNorm(32).cuda(), torch.randn(2, 32, 8, 8, device="cuda", dtype=torch.float16)
+    with torch.autocast("cuda", dtype=torch.float16):
+        assert norm(x).dtype == torch.float16
+        assert F.group_norm(x, 32).dtype == torch.float32  # what is avoided
+
+
 def test_doubling_repeats_and_halving_averages() -> None:
     x = torch.arange(4.0).view(1, 1, 2, 2)
     assert double(x)[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
