@@ -213,10 +213,8 @@ class GaussianDiffusion:
     def _lookup(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (name, device, dtype)
         if key not in self._on_device:
-            # A table first needed while sampling in inference mode must still serve training.
-            with torch.inference_mode(False):
-                # The type first: some accelerators hold no float64.
-                self._on_device[key] = self._tables[name].to(dtype).to(device)
+            # The type first: some accelerators hold no float64.
+            self._on_device[key] = self._tables[name].to(dtype).to(device)
         return self._on_device[key]
 
 

@@ -178,7 +178,8 @@ def test_tables_are_kept_by_device_and_instance() -> None:
 
 
 def test_tables_first_used_in_inference_mode_serve_training() -> None:
-    d, x_t, output = process(), images(0), images(1).requires_grad_(True)
+    d, x_t = process(), images(0, dtype=torch.float32)
+    output = images(1, dtype=torch.float32).requires_grad_(True)
     with torch.inference_mode():
         d.posterior(output, x_t, T)
     d.posterior(output, x_t, T).mean.sum().backward()

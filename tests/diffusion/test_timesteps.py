@@ -107,6 +107,12 @@ def test_second_moment_leaves_the_expected_loss_alone() -> None:
     assert (weights.max() / weights.min()) > 5
 
 
+def test_a_step_begins_where_its_share_of_the_unit_interval_does() -> None:
+    u = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert LossSecondMomentSampler(4).sample(u)[0].tolist() == [0, 1, 2, 3]
+    assert UniformSampler(4).sample(u)[0].tolist() == [0, 1, 2, 3]
+
+
 def test_losses_that_are_not_finite_are_left_out() -> None:
     sampler = warmed_up()
     before = sampler.probabilities()
