@@ -26,6 +26,7 @@ _TINY: Flags = {
     "num_head_channels": 32,
     "dropout": 0.0,
     "learn_sigma": False,
+    "resblock_updown": False,
     "optimizer": "muon",
     "lr": 2e-3,
     "warmup_steps": 100,

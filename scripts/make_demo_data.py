@@ -6,16 +6,18 @@ python scripts/make_demo_data.py --source emoji --artwork icons.json --out_dir E
 
 from __future__ import annotations
 
-from diff_dalle.config import Parser
-from diff_dalle.data.demo import DemoDataConfig, make_demo_data
-from diff_dalle.distributed import run_main
-
 
 def write(argv: list[str]) -> None:
+    from diff_dalle.config import Parser
+    from diff_dalle.data.demo import DemoDataConfig, make_demo_data
+
     print(make_demo_data(DemoDataConfig(**Parser([DemoDataConfig]).parse(argv))))
 
 
+# Everything is imported inside: the drawing processes run the top of this file once each.
 def main() -> None:
+    from diff_dalle.distributed import run_main
+
     run_main(write)
 
 

@@ -17,7 +17,7 @@ from diff_dalle.loading import check_stated
 from diff_dalle.sampling_io.outputs import Workshop, make_output_folder
 
 
-def main(argv: list[str]) -> None:
+def sample(argv: list[str]) -> None:
     run = parse_sample_run(argv)
     cfg = run.sample
     world = start(cfg.device)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
         workshop = broadcast_object(made, world)
         assert workshop is not None
         if world.is_main:
-            print("\n".join([*cascade.notes, *request.notes, f"drawing {count} into {folder}"]))
+            print(f"drawing {count} images into {folder}", *cascade.notes, *request.notes, sep="\n")
         try:
             share = draw_share(
                 cascade, plan, request, workshop, cfg, rank=world.rank, ranks=world.size
@@ -52,5 +52,9 @@ def main(argv: list[str]) -> None:
     stop(world)
 
 
+def main() -> None:
+    run_main(sample)
+
+
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -126,7 +126,7 @@ def _settings(cfg: DemoDataConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(cfg)
     del settings["out_dir"], settings["num_workers"]
     if cfg.artwork is None:
-        del settings["languages"]
+        del settings["artwork"], settings["languages"]
     elif Path(cfg.artwork).is_file():  # elsewhere `read_icons` refuses it
         settings["artwork"] = "sha256 " + hashlib.sha256(Path(cfg.artwork).read_bytes()).hexdigest()
     return settings

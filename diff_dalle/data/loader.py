@@ -15,12 +15,15 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import types
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from typing import Any
 
 import numpy as np
 import torch
@@ -164,12 +167,24 @@ def _batches(visits: Visits, positions: Iterable[range], workers: int) -> Iterat
     return map(Arrays.to_batch, arrays)
 
 
-def _as_is(arrays: Arrays) -> Arrays:
+def _as_is(arrays: Any) -> Any:
     return arrays
 
 
 def _set_up_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the training process is gone, however it went.
+
+    The loader's own watch looks at the parent process, which is the fork server here.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
 
 
 @contextlib.contextmanager
@@ -211,7 +226,7 @@ def _index(files: list[ShardFile]) -> list[Shard]:
     shards: dict[int, Shard] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda number: ensure_index(files[number]), numbers)
-        bar = tqdm(found, "indexing shards", len(files), delay=2.0, leave=False, unit="shard")
+        bar = tqdm(found, "indexing shards", len(files), delay=2.0, mininterval=1.0, unit="shard")
         for number, (path, summary) in zip(numbers, bar, strict=True):
             shards[number] = Shard(file=files[number], index=path, summary=summary)
     return [shards[number] for number in range(len(files))]
@@ -227,8 +242,8 @@ def _require_usable(dataset: Dataset, where: str, with_text: bool) -> None:
                 dataset.captions_of(raw)
             decode(raw.image, dataset.image_size)
             return
-        except BadSample as reason:
-            reasons[str(reason)] += 1
+        except BadSample as problem:
+            reasons[str(problem)] += 1
     reason, count = reasons.most_common(1)[0]
     tried = f"{where}: {count} of {reasons.total()} samples tried cannot be used: {reason}"
     if reason in ("no caption", "empty caption"):

@@ -41,7 +41,7 @@ BACKGROUNDS: dict[str, Colour] = {
     "navy": (20, 25, 105),
     "teal": (0, 125, 125),
     "sky blue": (140, 200, 255),
-    "mint": (170, 245, 180),
+    "mint": (165, 245, 185),
 }
 SHAPES: tuple[str, ...] = ("circle", "square", "triangle", "star", "cross", "ring")
 # The range of an object's extent (side of its bounding box) for each word of size.
@@ -49,7 +49,7 @@ SIZES: dict[str, tuple[float, float]] = {"small": (0.24, 0.28), "large": (0.40, 
 
 _RING_HOLE = 0.55  # inner radius over outer radius
 _CROSS_ARM = 0.34  # width of an arm over the extent
-_SMOOTHED_BELOW = 256  # pixels: smaller pictures average several samples a pixel
+_SMOOTHED_BELOW = 512  # pixels: smaller pictures average several samples a pixel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,8 @@ def _circle(x: Array, y: Array) -> Array:
 
 def _ring(x: Array, y: Array) -> Array:
     radius = np.sqrt(x * x + y * y)
-    return np.abs(radius - (1 + _RING_HOLE) / 2) - (1 - _RING_HOLE) / 2
+    middle, half_width = (1 + _RING_HOLE) / 2, (1 - _RING_HOLE) / 2
+    return np.abs(radius - np.float32(middle)) - np.float32(half_width)
 
 
 def _square(x: Array, y: Array) -> Array:

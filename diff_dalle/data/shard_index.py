@@ -224,7 +224,7 @@ def _members(path: str, size: int, faults: list[str]) -> Iterator[tarfile.TarInf
             if member is None:
                 _check_end(archive, faults)
                 return
-            archive.members = []  # or it keeps every member that it met
+            archive.members = []  # type: ignore[attr-defined]  # or it keeps all that it met
             if member.offset_data + member.size > size:
                 faults.append("truncated shard")
                 return

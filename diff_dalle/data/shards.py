@@ -81,11 +81,11 @@ def _one_file(path: str, entry: str, flag: str) -> ShardFile:
 
 
 def _matching(pattern: str, flag: str) -> list[ShardFile]:
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import braceexpand
 
     try:
         spelled = list(braceexpand(pattern))
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise UsageError(f"--{flag} {pattern}: the braces do not match") from error
     paths, missing = [], 0
     for one in spelled:

@@ -85,16 +85,20 @@ def write_shards(
     encode = functools.partial(_encode, size=image_size, image_format=image_format)
     starts = range(0, count, samples_per_shard)
     paths = [folder / f"{number:05d}.tar" for number in range(len(starts))]
-    with tqdm(total=count, desc=folder.name, unit="img") as bar, _pool(num_workers) as pool:
+    to_draw = not all(path.exists() for path in paths)
+    with (
+        tqdm(total=count, desc=folder.name, unit="img") as bar,
+        _pool(num_workers if to_draw else 0) as pool,
+    ):
         for start, path in zip(starts, paths, strict=True):
             samples = map(sample, range(start, min(start + samples_per_shard, count)))
             if path.exists():
                 bar.update(min(samples_per_shard, count - start))
                 continue
-            encoded = map(encode, samples) if pool is None else _spread(pool, encode, samples)
+            drawn = pool.map(encode, samples, chunksize=_BLOCK) if pool else map(encode, samples)
             aside = path.with_suffix(".tar.part")
             with open(aside, "wb") as file:
-                _write_tar(file, encoded, on_sample=bar.update)
+                _write_tar(file, drawn, on_sample=bar.update)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, path)
@@ -138,15 +142,6 @@ def _write_tar(
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
             on_sample(1)
-
-
-def _spread(
-    pool: Executor,
-    encode: Callable[[Sample], list[tuple[str, bytes]]],
-    samples: Iterable[Sample],
-) -> Iterator[list[tuple[str, bytes]]]:
-    """Encode in other processes; the order stays."""
-    return pool.map(encode, samples, chunksize=_BLOCK)
 
 
 @contextmanager

@@ -91,9 +91,9 @@ def test_reduced_decoding_is_several_times_as_fast() -> None:
     def best(function) -> float:
         times = []
         for _ in range(5):
-            start = time.perf_counter()
+            start = time.process_time()
             function()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     assert best(full) / best(lambda: decode(data, 64)) > 2

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +12,8 @@ import torch
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.loader import DataConfig, Dataset, eval_batches, open_data, train_batches
-from diff_dalle.data.order import Order
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
-
-ROOT = Path(__file__).parents[2]
 
 
 def opened(folder: Path, *, with_text: bool = True, seed: int = 4, **options: object) -> Dataset:
@@ -193,7 +185,8 @@ def test_three_hundred_bad_of_a_thousand(
             )
             for rank in range(2)
         ]
-        results[name] = [batch for pair in zip(*(take(r, 10) for r in ranks)) for batch in pair]
+        pairs = zip(*(take(rank, 10) for rank in ranks), strict=True)
+        results[name] = [batch for pair in pairs for batch in pair]
     clean = [key for batch in results["clean"] for key in batch.keys]
     spoilt = [key for batch in results["spoilt"] for key in batch.keys]
     assert spoilt == clean and len(set(clean)) == 1000
@@ -291,75 +284,3 @@ def test_the_loader_leaves_the_global_generator_alone(
         )
         take(batches, 3)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_workers_are_clean_processes(tmp_path: Path, pack_many, monkeypatch) -> None:
-    """No MPI, no main script, one torch thread: asked of a worker through its tokenizer."""
-    pack_many(tmp_path / "data", [2])
-    (tmp_path / "probe.py").write_text(
-        textwrap.dedent("""
-            import os, sys, torch
-            class Probe:
-                def encode(self, captions, length):
-                    facts = ["mpi4py.MPI" in sys.modules, "pytest" in sys.modules,
-                             torch.get_num_threads(), os.getpid()]
-                    tokens = torch.tensor([facts] * len(captions))
-                    return tokens, tokens > 0
-        """)
-    )
-    monkeypatch.syspath_prepend(str(tmp_path))
-    from probe import Probe  # type: ignore[import-not-found]
-
-    batches = train_batches(
-        opened(tmp_path / "data"), tokenizer=Probe(), text_length=4, batch_size=1, num_workers=2
-    )
-    facts = [batch.tokens[0].tolist() for batch in take(batches, 6) if batch.tokens is not None]
-    assert {tuple(fact[:3]) for fact in facts} == {(0, 0, 1)}
-    pids = {fact[3] for fact in facts}
-    assert len(pids) == 2 and os.getpid() not in pids
-
-
-def test_workers_under_mpiexec(tmp_path: Path, pack_many) -> None:
-    """Two real ranks, MPI and Gloo running, a worker each: the batches of a single process."""
-    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert mpiexec, "mpiexec is missing: install the extra [mpich]"
-    pack_many(tmp_path / "data", [5, 4])
-    program = tmp_path / "program.py"
-    program.write_text(
-        textwrap.dedent("""
-            import os, sys
-            from mpi4py import MPI  # on top and unguarded, as the ancestors have it
-            import torch.distributed
-            from diff_dalle.data.loader import DataConfig, open_data, train_batches
-            world = MPI.COMM_WORLD
-            folder, store = sys.argv[1:]
-            torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{store}", rank=world.rank, world_size=world.size)
-            torch.distributed.all_reduce(torch.ones(1000, 1000) @ torch.ones(1000, 1000))
-            cfg = DataConfig(data_dir=[folder], num_workers=1)
-            data = open_data(cfg, split="train", image_size=16, with_text=False, seed=1)
-            batches = train_batches(data, tokenizer=None, text_length=8, batch_size=4,
-                                    rank=world.rank, world=world.size)
-            for step in range(4):
-                keys = world.gather(next(batches).keys)
-                if world.rank == 0:
-                    print(step, *(key for part in keys for key in part), flush=True)
-            world.Barrier()
-            torch.distributed.destroy_process_group()
-        """)
-    )
-    command = [mpiexec, "-n", "2", sys.executable, str(program), str(tmp_path / "data")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "store")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
-    dataset = opened(tmp_path / "data", with_text=False, seed=1)
-    keys, order = list(dataset.keys()), Order([5, 4], seed=1)
-    for step in range(4):
-        expected = [keys[order.slot(position).sample] for position in range(8 * step, 8 * step + 8)]
-        assert f"{step} {' '.join(expected)}" in done.stdout.splitlines()

@@ -1,0 +1,151 @@
+"""The loader's processes: clean at the start, gone at the end, at home under mpiexec."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+from diff_dalle.data.loader import DataConfig, Dataset, open_data, train_batches
+from diff_dalle.data.order import Order
+
+ROOT = Path(__file__).parents[2]
+
+
+def opened(folder: Path) -> Dataset:
+    cfg = DataConfig(data_dir=[str(folder)], num_workers=0)
+    return open_data(cfg, split="train", image_size=16, with_text=False, seed=1)
+
+
+def test_workers_are_clean_processes(tmp_path: Path, pack_many, monkeypatch) -> None:
+    """No MPI, no main script, one torch thread: asked of a worker through its tokenizer."""
+    pack_many(tmp_path / "data", [2])
+    (tmp_path / "probe.py").write_text(
+        textwrap.dedent("""
+            import os, sys, torch
+            class Probe:
+                def encode(self, captions, length):
+                    facts = ["mpi4py.MPI" in sys.modules, "pytest" in sys.modules,
+                             torch.get_num_threads(), os.getpid()]
+                    tokens = torch.tensor([facts] * len(captions))
+                    return tokens, tokens > 0
+        """)
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    from probe import Probe  # type: ignore[import-not-found]
+
+    batches = train_batches(
+        opened(tmp_path / "data"), tokenizer=Probe(), text_length=4, batch_size=1, num_workers=2
+    )
+    facts = [
+        batch.tokens[0].tolist()
+        for batch in itertools.islice(batches, 6)
+        if batch.tokens is not None
+    ]
+    assert {tuple(fact[:3]) for fact in facts} == {(0, 0, 1)}
+    pids = {fact[3] for fact in facts}
+    assert len(pids) == 2 and os.getpid() not in pids
+
+
+def test_workers_under_mpiexec(tmp_path: Path, pack_many) -> None:
+    """Two real ranks, MPI and Gloo running, a worker each: the batches of a single process."""
+    mpiexec = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert mpiexec, "mpiexec is missing: install the extra [mpich]"
+    pack_many(tmp_path / "data", [5, 4])
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            import os, sys
+            from mpi4py import MPI  # on top and unguarded, as the ancestors have it
+            import torch.distributed
+            from diff_dalle.data.loader import DataConfig, open_data, train_batches
+            world = MPI.COMM_WORLD
+            folder, store = sys.argv[1:]
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{store}", rank=world.rank, world_size=world.size)
+            torch.distributed.all_reduce(torch.ones(1000, 1000) @ torch.ones(1000, 1000))
+            cfg = DataConfig(data_dir=[folder], num_workers=1)
+            data = open_data(cfg, split="train", image_size=16, with_text=False, seed=1)
+            batches = train_batches(data, tokenizer=None, text_length=8, batch_size=4,
+                                    rank=world.rank, world=world.size)
+            for step in range(4):
+                keys = world.gather(next(batches).keys)
+                if world.rank == 0:
+                    print(step, *(key for part in keys for key in part), flush=True)
+            world.Barrier()
+            torch.distributed.destroy_process_group()
+        """)
+    )
+    command = [mpiexec, "-n", "2", sys.executable, str(program), str(tmp_path / "data")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(tmp_path / "store")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    dataset = opened(tmp_path / "data")
+    keys, order = list(dataset.keys()), Order([5, 4], seed=1)
+    for step in range(4):
+        expected = [keys[order.slot(position).sample] for position in range(8 * step, 8 * step + 8)]
+        assert f"{step} {' '.join(expected)}" in done.stdout.splitlines()
+
+
+def processes_below(root: int) -> list[int]:
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it ended meanwhile
+            name, fields = stat.read_text().rsplit(")", 1)
+            parents[int(name.split()[0])] = int(fields.split()[1])
+    below = [root]
+    for pid in below:
+        below += [child for child, parent in parents.items() if parent == pid]
+    return below[1:]
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, pack_many) -> None:
+    pack_many(tmp_path / "data", [4])
+    program = tmp_path / "program.py"
+    program.write_text(
+        textwrap.dedent("""
+            import sys, time
+            from diff_dalle.data.loader import DataConfig, open_data, train_batches
+            cfg = DataConfig(data_dir=[sys.argv[1]], num_workers=2)
+            data = open_data(cfg, split="train", image_size=16, with_text=False, seed=1)
+            batches = train_batches(data, tokenizer=None, text_length=8, batch_size=2)
+            next(batches)
+            print("ready", flush=True)
+            time.sleep(60)
+        """)
+    )
+    run = subprocess.Popen(
+        [sys.executable, str(program), str(tmp_path / "data")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert run.stdout is not None and run.stdout.readline() == "ready\n"
+    children = processes_below(run.pid)
+    assert len(children) >= 3  # the fork server and two workers
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 10
+    while any(map(runs, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in children if runs(pid)] == []
+    run.stdout.close()
