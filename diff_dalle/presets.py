@@ -44,7 +44,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "image_size": 64,
             "patch_size": 4,
             "num_channels": 64,
-            "channel_mult": "1,2,4",
+            "channel_mult": "1,2,2",
             "attention_resolutions": "8,4",
             "noise_schedule": "cosine",
             "prediction": "x0",
