@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.tokenizer import Tokenizer
@@ -18,8 +18,9 @@ from diff_dalle.distributed import (
     all_reduce_sum_,
     synchronise_parameters,
 )
+from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
-from diff_dalle.training.checkpoints import save_checkpoint
+from diff_dalle.training.checkpoints import Checkpoint, save_checkpoint
 from diff_dalle.training.digests import require_same_on_all_ranks
 from diff_dalle.training.ema import EMA
 from diff_dalle.training.held_out import HeldOut
@@ -79,7 +80,7 @@ class Trainer:
         self.step = start.step
         self.samples = start.step * self.cfg.batch_size * self.world.size
         if start.weights is not None:
-            model.load_state_dict(start.weights.state_dict)
+            _load_weights(model, start.weights)
         if start.state is not None:
             model.load_state_dict(start.state.model)
         synchronise_parameters(model, self.world)
@@ -173,3 +174,14 @@ class Trainer:
         self.task.load_state_dict(extra["task"])
         if self.held_out and extra["held_out"]:
             self.held_out.load_state_dict(extra["held_out"])
+
+
+def _load_weights(model: nn.Module, weights: Checkpoint) -> None:
+    try:
+        model.load_state_dict(weights.state_dict)
+    except RuntimeError as problem:
+        reason = str(problem).splitlines()[1].strip()
+        raise UsageError(
+            f"{weights.path} does not fit this run's model ({reason}): "
+            "give the architecture flags that it was trained with"
+        ) from problem

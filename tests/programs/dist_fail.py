@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
             raise UsageError("the folder is empty: give another")
         if world.rank == 1:
             go_wrong(how)
-        for _ in range(300):  # far longer than the job may live
+        for _ in range(3000):  # far longer than the job may live
             all_reduce_sum_(torch.ones(1), world)
             time.sleep(0.1)
     stop(world)

@@ -39,7 +39,7 @@ from diff_dalle.training.trainer import Trainer
 
 Found = dict[str, Any]
 BATCH = 6  # global; sample 4, on the second rank, is broken
-MakeTask = Callable[[torch.dtype, World], Task]
+MakeTask = Callable[..., Task]
 
 
 def main(argv: list[str]) -> int:
@@ -60,20 +60,20 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def generator(dtype: torch.dtype, world: World) -> Task:
-    """An upsampler with every random draw switched on, in unequal microbatches."""
+def generator(dtype: torch.dtype, world: World, microbatch: int = -1) -> Task:
+    """An upsampler with every random draw switched on."""
     return generator_task(
         tiny_generator(small_size=8, awake=True, dtype=dtype),
         GeneratorTaskConfig(gaussian_blur=True, cond_drop_prob=0.3),
         world=world,
-        microbatch=2 if world.size > 1 else -1,
+        microbatch=microbatch,
     )
 
 
-def classifier(dtype: torch.dtype, world: World) -> Task:
-    """A noised CLIP, in unequal chunks."""
+def classifier(dtype: torch.dtype, world: World, microbatch: int = -1) -> Task:
+    """A noised CLIP."""
     model = tiny_clip(awake=True, dtype=dtype)
-    return classifier_task(model, world=world, microbatch=2 if world.size > 1 else -1)
+    return classifier_task(model, world=world, microbatch=microbatch)
 
 
 MAKE: dict[str, MakeTask] = {"generator": generator, "classifier": classifier}
@@ -104,8 +104,10 @@ def gradients_and_weights(world: World, found: Found) -> None:
     """Two processes against one: gradients in fp32, weights and averages in float64."""
     for name, make in MAKE.items():
         # Clipping is off, or it would hide a factor of the world size.
-        several = after_steps(make(torch.float32, world), world, 1, max_grad_norm=0.0)
-        one = after_steps(make(torch.float32, ALONE), ALONE, 1, max_grad_norm=0.0)
+        # One sample at a time in both: a convolution of another batch size may choose another
+        # algorithm, whose rounding alone is above 1e-6.
+        several = after_steps(make(torch.float32, world, 1), world, 1, max_grad_norm=0.0)
+        one = after_steps(make(torch.float32, ALONE, 1), ALONE, 1, max_grad_norm=0.0)
         pairs = [
             (p.grad, q.grad)
             for p, q in zip(
@@ -116,7 +118,7 @@ def gradients_and_weights(world: World, found: Found) -> None:
         found[f"{name} gradient error"] = relative_error(pairs)
         found[f"{name} worst tensor's gradient error"] = worst_error(pairs)
 
-        several = after_steps(make(torch.float64, world), world, 3)
+        several = after_steps(make(torch.float64, world, 2), world, 3)
         one = after_steps(make(torch.float64, ALONE), ALONE, 3)
         for part in ("weights", "averages"):
             found[f"{name} {part} error"] = relative_error(
@@ -161,7 +163,7 @@ def loss_aware_sampler(world: World, found: Found) -> None:
             world=of,
         )
         after_steps(task, of, 2)
-        return task.state_dict()["timestep_sampler"]  # type: ignore[no-any-return]
+        return task.state_dict()["timestep_sampler"]
 
     several, one = memory(world), memory(ALONE)
     same = torch.equal(several["counts"], one["counts"])

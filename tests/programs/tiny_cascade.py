@@ -18,7 +18,7 @@ from diff_dalle.models.generator import Generator
 from diff_dalle.training.checkpoints import save_weights
 
 CAPTIONS = ["a red circle", "a large blue square above a small star", "파란 별 위의 빨간 원"]
-TEXT = {"text_length": 16}
+TEXT = {"text_length": 24}
 GENERATOR = TEXT | {
     "num_channels": 32,
     "num_res_blocks": 1,
@@ -30,6 +30,8 @@ GENERATOR = TEXT | {
     "enc_head_channels": 16,
     "diffusion_steps": 20,
     "noise_schedule": "cosine",
+    # Smooth in the input at every step, where eps of a random network is divided by almost 0.
+    "prediction": "v",
 }
 CLIP = TEXT | {
     "classifier_width": 32,

@@ -273,7 +273,7 @@ def test_previews_take_their_captions_from_the_data() -> None:
         world=ALONE,
     )
     assert preview.batch.keys == ["000000", "000002", "000003"]  # whole samples only
-    assert preview.captions[0] == tokenizer.decode(batch_of([0]).tokens[0])  # type: ignore[index]
+    assert preview.captions[0] == tokenizer.decode(batch_of([0]).tokens[0])
     assert len(set(preview.keys.tolist())) == 3
 
 

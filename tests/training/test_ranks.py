@@ -14,7 +14,8 @@ from PIL import Image
 
 from diff_dalle.training.checkpoints import load_training_state
 
-PROGRAM = Path(__file__).parent.parent / "programs" / "loop_two_ranks.py"
+ROOT = Path(__file__).parent.parent.parent
+PROGRAM = ROOT / "tests" / "programs" / "loop_two_ranks.py"
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     beside = Path(sys.executable).parent / "mpiexec"
     mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
     assert mpiexec, "the tests need an mpiexec: pip install -e .[mpich]"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    hidden = ("PMI", "OMPI_", "SLURM_", "TORCHELASTIC", "OPENAI_LOGDIR")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [mpiexec, "-n", "2", sys.executable, str(PROGRAM), str(folder)],
         capture_output=True,
@@ -48,7 +51,7 @@ def found(folder: Path) -> dict[str, Any]:
 def test_gradients_are_those_of_one_process(found: dict[str, Any], kind: str) -> None:
     assert found[f"{kind} parameters without gradient"] == 0
     assert found[f"{kind} gradient error"] < 1e-6
-    assert found[f"{kind} worst tensor's gradient error"] < 2e-5
+    assert found[f"{kind} worst tensor's gradient error"] < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["generator", "classifier"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,25 @@ def test_an_interrupted_classifier_ends_bit_for_bit_alike(tmp_path: Path) -> Non
     assert_same(tmp_path / "a", tmp_path / "b", 12)
 
 
+def test_an_interrupted_run_forgets_no_count(tmp_path: Path) -> None:
+    """Loss scale, skipped steps, evaluations since the best: what the others do not touch."""
+
+    def toy(scores: list[float]) -> Task:
+        with pytest.warns(UserWarning, match="fp16 on a CPU"):
+            return ToyTask(spoil={1: math.inf}, scores=scores, precision="fp16")
+
+    scores = [2.0, 0.0, 1.0, 0.0, 3.0, 0.0, 4.0, 0.0]
+    trained(toy(scores), tmp_path / "a", iterations=8, eval_interval=2)
+    trained(toy(scores[:4]), tmp_path / "b", iterations=4, eval_interval=2)
+    trained(toy(scores[4:]), tmp_path / "b", iterations=8, eval_interval=2)
+    extra = load_training_state(tmp_path / "b", 8).extra
+    assert extra == load_training_state(tmp_path / "a", 8).extra
+    assert extra["held_out"] == {"best": 1.0, "since_best": 2}
+    assert extra["guard"]["skipped"] == 1
+    assert 19 < extra["precision"]["lg_loss_scale"] < 19.1
+    assert load_weights(tmp_path / "b" / "best.pt").step == 4
+
+
 def test_losses_of_an_interrupted_run_are_the_same_lines(tmp_path: Path) -> None:
     trained(generator(), tmp_path / "a", iterations=6)
     trained(generator(), tmp_path / "b", iterations=4, save_interval=2)
@@ -200,6 +220,16 @@ def test_fine_tuning_starts_from_weights_at_step_0(tmp_path: Path) -> None:
     assert again.step == 2 and again.weights is None  # the same command goes on
 
 
+def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path / "a", iterations=1)
+    weights = str(tmp_path / "a" / "model000001.pt")
+    other = ToyTask()
+    other.model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 1))
+    with pytest.raises(UsageError, match="model000001.pt does not fit this run's model"):
+        trained(other, tmp_path / "b", iterations=1, init_checkpoint=weights)
+    assert not (tmp_path / "b").exists()
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     trained(ToyTask(), tmp_path / "a", iterations=1)
     other = dataclasses.replace(record(), tokenizer_json="{1}")
@@ -239,7 +269,7 @@ def test_other_data_or_another_tokenizer_are_refused(
 ) -> None:
     trained(ToyTask(), tmp_path, iterations=1)
     with pytest.raises(UsageError, match="data: fing|tokenizer_sha256"):
-        check_folder(tmp_path, dataclasses.replace(record(), **change))  # type: ignore[arg-type]
+        check_folder(tmp_path, dataclasses.replace(record(), **change))
 
 
 def test_five_differences_are_shown_and_the_rest_counted(tmp_path: Path) -> None:

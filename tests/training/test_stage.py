@@ -62,7 +62,7 @@ def captions(*numbers: int) -> Cond:
 
 def sampled(model: nn.Module, cond: Cond, keys: Tensor = KEYS, **settings: object) -> Tensor:
     return sample_stage(
-        model,  # type: ignore[arg-type]
+        model,
         process("x0", learn_sigma=False),
         cond,
         keys,
@@ -142,9 +142,10 @@ def test_a_picture_depends_on_its_key_and_not_on_its_batch(use_ddim: bool) -> No
     assert torch.equal(draw([2]), alone)
 
 
-def test_the_gradient_of_a_guide_is_followed() -> None:
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_the_gradient_of_a_guide_is_followed(use_ddim: bool) -> None:
     model = tiny_generator(awake=True)
-    settings = StageSettings(timestep_respacing="6")
+    settings = StageSettings(timestep_respacing="6", use_ddim=use_ddim)
     asked = []
 
     def brighter(x_t: Tensor, t: Tensor) -> Tensor:
@@ -159,7 +160,7 @@ def test_the_gradient_of_a_guide_is_followed() -> None:
             KEYS,
             image_size=SIZE,
             settings=settings,
-            guide=guide,  # type: ignore[arg-type]
+            guide=guide,
         )
         return float(picture.double().mean())
 
@@ -184,7 +185,7 @@ def test_the_models_mode_is_put_back_and_dropout_is_off() -> None:
 def test_every_step_is_reported() -> None:
     steps = []
     sample_stage(
-        oracle(),  # type: ignore[arg-type]
+        oracle(),
         process("x0", learn_sigma=False),
         captions(1, 2, 3),
         KEYS,
