@@ -117,7 +117,8 @@ class Parser:
         sections = list(sections)
         taken = {field.name for section in sections for field in dataclasses.fields(section)}
         stated = _merged(optional, without=taken)
-        self._parser = OneLine([*sections, stated], allow_abbrev=False)
+        types: list[Any] = [*sections, stated]
+        self._parser = OneLine(types, allow_abbrev=False)
         self._actions = {action.dest: action for action in self._parser._actions}
         for field in dataclasses.fields(stated):
             self._actions[field.name].default = argparse.SUPPRESS
@@ -134,8 +135,9 @@ class Parser:
             if name not in self._actions:
                 raise UsageError(f"{source} has no such key: {name}{nearest(name, self.names)}")
             action = self._actions[name]
-            text = isinstance(value, str) and action.type is not None
-            self._parser.set_defaults(**{name: action.type(value) if text else value})
+            if isinstance(value, str) and callable(action.type):
+                value = action.type(value)
+            self._parser.set_defaults(**{name: value})
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of all flags.
@@ -310,7 +312,7 @@ def _sections(run_class: type) -> dict[str, type]:
 
 def _merged(sections: Iterable[type], without: set[str]) -> type:
     """One dataclass with the fields of several, each name once."""
-    fields = {}
+    fields: dict[str, tuple[str, Any, Any]] = {}
     for section in sections:
         hints = typing.get_type_hints(section)
         for field in dataclasses.fields(section):

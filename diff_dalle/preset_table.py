@@ -108,7 +108,7 @@ def _at_once(run: GeneratorRun | ClassifierRun) -> int:
     return run.train.batch_size if run.train.microbatch < 1 else run.train.microbatch
 
 
-def _generator_inputs(run: GeneratorRun, batch: int) -> tuple[Tensor, Tensor, Cond]:
+def _generator_inputs(run: GeneratorRun, batch: int) -> tuple[Tensor | Cond, ...]:
     size, small = run.task.crop_size or run.image_size, run.generator.small_size
     cond = Cond()
     if run.generator.cond_text:
@@ -120,7 +120,7 @@ def _generator_inputs(run: GeneratorRun, batch: int) -> tuple[Tensor, Tensor, Co
     return torch.zeros(batch, 3, size, size), torch.zeros(batch), cond
 
 
-def _clip_inputs(run: ClassifierRun, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _clip_inputs(run: ClassifierRun, batch: int) -> tuple[Tensor | Cond, ...]:
     tokens = torch.zeros(batch, run.clip.text_length, dtype=torch.int64)
     image = torch.zeros(batch, 3, run.image_size, run.image_size)
     return image, torch.zeros(batch), tokens, tokens == 0

@@ -49,11 +49,20 @@ class Task(Protocol):
     """
 
     kind: str
-    model: nn.Module
     precision: Precision
     keeps_best: bool
-    preview_from: PreviewFrom | None
     stop_early: int
+
+    # Properties: a task may promise more than these, and none is set from outside.
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        ...
+
+    @property
+    def preview_from(self) -> PreviewFrom | None:
+        """What decides a preview."""
+        ...
 
     def forward_backward(self, batch: Batch, step: StepContext) -> Tensor:
         """Add the gradients of ``loss_scale`` times the global batch's mean loss.
