@@ -15,6 +15,7 @@ EXTRAS = {
         "mypy",
         "pytest",
         "pytest-timeout",
+        "pytest-xdist",
         "resvg-py",
         "ruff",
         "safetensors",

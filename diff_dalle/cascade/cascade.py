@@ -5,6 +5,7 @@ B batch, N pictures, H W pixels, h w pixels of the stage before.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.previews import iterate
+from diff_dalle.sampling_io.prompts import Prompt, describe_cut
 from diff_dalle.sampling_io.store import Pictures
 from diff_dalle.training.precision import Precision, PrecisionConfig
 from diff_dalle.training.stage import to_uint8
@@ -132,7 +134,7 @@ class Cascade:
 
     def sample(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
@@ -149,7 +151,8 @@ class Cascade:
         """Pictures for prompts.
 
         Args:
-            prompts: N captions; picture n is a function of (seed, n, its caption).
+            prompts: N captions; picture n is a function of (seed, n, its caption). A warning
+                names those of which only the beginning is read.
             seed: of all noise.
             guidance_scale: of classifier-free guidance; 1 is none.
             classifier_scale: of the noised CLIP's gradient; 0 is none.
@@ -177,8 +180,8 @@ class Cascade:
             rerank=rerank,
             batch_size=batch_size,
         )
+        prompts = self._checked(prompts, low_res)
         plan = self.plan(cfg, low_res)
-        _check_count(prompts, low_res)
         batches = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
@@ -193,7 +196,7 @@ class Cascade:
 
     def stream(
         self,
-        prompts: Sequence[str],
+        prompts: str | Sequence[str],
         *,
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
@@ -213,8 +216,8 @@ class Cascade:
             timestep_respacing=_texts(steps),
             use_ddim=use_ddim,
         )
+        prompts = self._checked(prompts, low_res)
         plan = self.plan(cfg, low_res)
-        _check_count(prompts, low_res)
         threads = torch.get_num_threads()
 
         def work(emit: Callable[[Preview], None]) -> None:
@@ -281,18 +284,36 @@ class Cascade:
         stages = [_to_numpy(picture) for picture in pictures]
         return CascadeResult(stages=stages, candidates=candidates.tolist())
 
-    def text_readers(self) -> list[tuple[Tokenizer, int]]:
-        """Every different pair of a tokenizer and the number of tokens read of a caption."""
-        readers: dict[tuple[str, int], tuple[Tokenizer, int]] = {}
-        for stage in self.stages:
-            if stage.tokenizer is not None:
-                key = (stage.tokenizer.sha256, stage.text_length)
-                readers.setdefault(key, (stage.tokenizer, stage.text_length))
-            if stage.guide is not None:
-                tokenizer = stage.guide.loaded.tokenizer
-                key = (tokenizer.sha256, stage.guide.text_length)
-                readers.setdefault(key, (tokenizer, stage.guide.text_length))
-        return list(readers.values())
+    def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
+        """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""
+        lines: dict[str, None] = {}  # in order, each once: stages often share a tokenizer
+        for tokenizer, text_length in self._text_readers():
+            lengths = tokenizer.lengths([prompt.text for prompt in prompts])
+            lines |= dict.fromkeys(describe_cut(prompts, lengths, text_length))
+        return list(lines)
+
+    def _text_readers(self) -> list[tuple[Tokenizer, int]]:
+        """Every different tokenizer with the number of tokens that are read of a caption."""
+        pairs = [
+            *((s.tokenizer, s.text_length) for s in self.stages if s.tokenizer is not None),
+            *((s.guide.loaded.tokenizer, s.guide.text_length) for s in self.stages if s.guide),
+        ]
+        return list({(tokenizer.sha256, n): (tokenizer, n) for tokenizer, n in pairs}.values())
+
+    def _checked(self, prompts: str | Sequence[str], low_res: Pictures | None) -> list[str]:
+        """The prompts as a list, warned about where they are cut."""
+        texts = _listed(prompts)
+        if not texts:
+            raise UsageError("there is no prompt to draw: give at least one")
+        if low_res is not None and len(low_res) != len(texts):
+            raise UsageError(
+                f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
+            )
+        for line in self.describe_cut(
+            [Prompt(text, f"prompt {n}") for n, text in enumerate(texts)]
+        ):
+            warnings.warn(line, stacklevel=3)
+        return texts
 
 
 def _listed(value: str | Sequence[str]) -> list[str]:
@@ -303,15 +324,6 @@ def _texts(value: PerStage) -> list[str]:
     """Values as a command line would spell them."""
     values = [value] if isinstance(value, str | float | int) else value
     return [str(entry) for entry in values]
-
-
-def _check_count(prompts: Sequence[str], low_res: Pictures | None) -> None:
-    if not prompts:
-        raise UsageError("there is no prompt to draw: give at least one")
-    if low_res is not None and len(low_res) != len(prompts):
-        raise UsageError(
-            f"--low_res holds {len(low_res)} pictures for {len(prompts)} prompts: give one each"
-        )
 
 
 def _to_numpy(pictures: Tensor) -> Pictures:

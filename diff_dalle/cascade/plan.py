@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.errors import UsageError
@@ -48,10 +47,6 @@ class Plan:
         """Network steps that one picture takes, over all stages and candidates."""
         counts = [stage.steps for stage in self.stages]
         return sum(counts) + (self.rerank - 1) * sum(counts[: self.rerank_stage + 1])
-
-    def describe(self) -> dict[str, Any]:
-        """What a manifest says of the settings."""
-        return asdict(self)
 
 
 def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> Plan:

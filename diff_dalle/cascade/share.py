@@ -16,7 +16,6 @@ from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import Workshop
-from diff_dalle.sampling_io.prompts import describe_cut
 
 
 def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
@@ -30,10 +29,7 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
         reads_text=cascade.reads_text, small_size=first.small_size, image_size=first.image_size
     )
     request = read_request(cfg, reader)
-    prompts = list(dict.fromkeys(request.prompts))  # repeated ones are named once
-    for tokenizer, text_length in cascade.text_readers():
-        lengths = tokenizer.lengths([prompt.text for prompt in prompts])
-        request.notes.extend(describe_cut(prompts, lengths, text_length))
+    request.notes.extend(cascade.describe_cut(list(dict.fromkeys(request.prompts))))
     return request
 
 

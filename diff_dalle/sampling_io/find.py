@@ -17,7 +17,7 @@ from pathlib import Path
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import split_paths
 
-_RUN_FILE = re.compile(r"(?:model|ema_(?P<rate>[0-9.]+)_)(?P<step>\d+)\.pt")
+_RUN_FILE = re.compile(r"(?:model|ema_(?P<rate>[0-9.eE+-]+)_)(?P<step>\d+)\.pt")
 _OPTIMIZER_FILE = re.compile(r"opt\d+\.pt")
 _BEST = "best.pt"
 

@@ -1,7 +1,8 @@
 """The files of a sampling run: npz, captions, grid, PNG files and manifest.
 
 All are made inside a hidden temporary folder beside their place and moved out when whole, so a
-run that is stopped leaves no half file under a final name. Repeated outputs are numbered:
+run that is stopped leaves no half file under a final name (a killed one leaves the hidden
+folder, ``.samples_*``, which may be deleted). Repeated outputs are numbered:
 ``samples_4x64x64x3.npz``, then ``samples_4x64x64x3_2.npz`` with ``grid_2.jpg``, and so on.
 """
 
@@ -33,7 +34,7 @@ def make_output_folder(log_dir: str | None) -> Path:
         UsageError: the folder cannot be made.
     """
     chosen = log_dir or os.environ.get("OPENAI_LOGDIR")
-    if chosen is None:
+    if not chosen:
         return Path(tempfile.mkdtemp(prefix="diff_dalle_samples_"))
     try:
         Path(chosen).mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from diff_dalle.models.generator import Generator
 from diff_dalle.training.checkpoints import save_weights
 
 CAPTIONS = ["a red circle", "a large blue square above a small star", "파란 별 위의 빨간 원"]
-TEXT = {"text_length": 24}
+TEXT = {"text_length": 32}
 GENERATOR = TEXT | {
     "num_channels": 32,
     "num_res_blocks": 1,

@@ -90,6 +90,8 @@ def test_repeated_outputs_are_numbered_and_nothing_is_overwritten(tmp_path: Path
     first, second = pictures(2, 4), pictures(2, 4, seed=1)
     write_run(tmp_path, [first])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    (tmp_path / "grid.txt").unlink()  # one free name does not make the number free
+    before.pop(tmp_path / "grid.txt")
     names = {place.name for place in write_run(tmp_path, [second])}
     assert {"samples_2x4x4x3_2.npz", "samples_2x4x4x3_2.txt", "grid_2.jpg", "grid_2.txt"} < names
     # Another size of run takes the same next number for all its files.
@@ -185,7 +187,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path / "env"))
     assert make_output_folder(str(tmp_path / "a" / "b")) == tmp_path / "a" / "b"
     assert make_output_folder(None) == tmp_path / "env" and (tmp_path / "env").is_dir()
-    monkeypatch.delenv("OPENAI_LOGDIR")
+    monkeypatch.setenv("OPENAI_LOGDIR", "")
     temporary = make_output_folder(None)
     assert temporary.is_dir() and temporary != make_output_folder(None)
     (tmp_path / "file").write_text("")

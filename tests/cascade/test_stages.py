@@ -1,0 +1,123 @@
+"""Which checkpoints make a cascade, and which are refused."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diff_dalle import Cascade
+from diff_dalle.errors import UsageError
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "programs" / "tiny_cascade.py"))
+
+
+def files(folder: Path, *names: str) -> list[str]:
+    return [str(folder / name) for name in names]
+
+
+def test_a_folder_is_ordered_by_size(cascade: Cascade, folder: Path) -> None:
+    assert cascade.sizes == [16, 32, 64]
+    assert [Path(stage.path).name for stage in cascade.stages] == ["base.pt", "up32.pt", "up64.pt"]
+    assert cascade.models[0].checkpoint.step == 7
+
+
+def test_a_comma_list_and_a_list_are_the_same(folder: Path) -> None:
+    paths = files(folder, "base.pt", "up32.pt")
+    assert Cascade.load(",".join(paths)).sizes == Cascade.load(paths).sizes == [16, 32]
+
+
+def test_a_folder_of_runs_gives_the_newest_ema_of_each(folder: Path, tmp_path: Path) -> None:
+    for name in ("model000003.pt", "ema_0.99_000002.pt", "ema_0.9_000003.pt", "ema_0.99_000003.pt"):
+        TINY["write_generator"](tmp_path / "base" / name, image_size=16)
+    (tmp_path / "base" / "opt000003.pt").write_bytes(b"no weights")
+    TINY["write_generator"](tmp_path / "up" / "model000001.pt", image_size=32, small_size=16)
+    TINY["write_clip"](tmp_path / "clip" / "model000009.pt", image_size=16)
+    TINY["write_clip"](tmp_path / "clip" / "best.pt", image_size=16)
+    cascade = Cascade.load(str(tmp_path), str(tmp_path))
+    names = [Path(stage.path).name for stage in cascade.stages]
+    assert names == ["ema_0.99_000003.pt", "model000001.pt"]
+    guide = cascade.stages[0].guide
+    assert guide is not None and Path(guide.path).name == "best.pt"
+
+
+def test_one_clip_guides_the_stage_of_its_size(guided: Cascade, folder: Path) -> None:
+    assert [stage.guide is not None for stage in guided.stages] == [True, False, False]
+    paths = files(folder, "base.pt", "up32.pt")
+    by_stage = Cascade.load(paths, [str(folder / "clip.pt"), "none"])
+    assert [stage.guide is not None for stage in by_stage.stages] == [True, False]
+    assert Cascade.load(paths, "none").stages[0].guide is None
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["clip.pt"], "clip.pt holds a classifier"),
+        (["up32.pt", "base.pt"], r"base.pt makes 16 px, but .*up32.pt before it makes 32 px"),
+        (["base.pt", "base.pt"], "from the smallest to the largest"),
+        (["base.pt", "up64.pt"], r"up64.pt enlarges 32 px, but .* makes 16 px.*--small_size 16"),
+        (["base.pt", "second.pt"], r"second.pt is a base model, but .*base.pt before it"),
+        (["noise.pt"], "noise.pt is no checkpoint"),
+        (["missing.pt"], "missing.pt does not exist"),
+        (["empty"], "empty holds no checkpoint of a generator"),
+        ([], "--model_path is missing"),
+    ],
+)
+def test_what_makes_no_cascade_is_refused_in_one_line(
+    folder: Path, tmp_path: Path, names: list[str], message: str
+) -> None:
+    TINY["write_generator"](tmp_path / "second.pt", image_size=32)
+    (tmp_path / "noise.pt").write_bytes(b"weights?")
+    (tmp_path / "empty").mkdir()
+    paths = [str(folder / n if (folder / n).exists() else tmp_path / n) for n in names]
+    with pytest.raises(UsageError, match=message) as error:
+        Cascade.load(paths)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("classifiers", "message"),
+    [
+        (["base.pt"], "base.pt holds a generator"),
+        (["clip.pt", "clip.pt"], "2 entries for 3 stages"),
+        (["none", "clip.pt", "none"], r"sees 16 px, but the stages make 32 px"),
+        (["clip64.pt"], None),
+        (["clip8.pt"], r"sees 8 px, but the stages make 16, 32, 64 px"),
+        (["missing.pt"], "--classifier_path .*missing.pt does not exist"),
+    ],
+)
+def test_a_clip_that_does_not_fit_is_refused(
+    folder: Path, tmp_path: Path, classifiers: list[str], message: str | None
+) -> None:
+    for size in (8, 64):
+        TINY["write_clip"](tmp_path / f"clip{size}.pt", image_size=size)
+    known = {"none": "none"} | {n: str(folder / n) for n in ("base.pt", "clip.pt")}
+    paths = [known.get(name, str(tmp_path / name)) for name in classifiers]
+    if message is None:
+        assert Cascade.load(str(folder), paths).stages[2].guide is not None
+        return
+    with pytest.raises(UsageError, match=message):
+        Cascade.load(str(folder), paths)
+
+
+def test_two_clips_of_one_size_are_not_chosen_between(folder: Path, tmp_path: Path) -> None:
+    for name in ("a.pt", "b.pt"):
+        TINY["write_clip"](tmp_path / name, image_size=16)
+    with pytest.raises(UsageError, match="two CLIPs of 16 px"):
+        Cascade.load(str(folder), str(tmp_path))
+
+
+def test_a_cpu_samples_in_fp32_and_says_so(folder: Path) -> None:
+    cascade = Cascade.load(files(folder, "base.pt"), precision="fp16")
+    assert cascade.precision == "fp32" and "fp32" in cascade.notes[0]
+    assert Cascade.load(files(folder, "base.pt")).notes == []
+
+
+def test_the_package_does_not_import_torch() -> None:
+    code = "import diff_dalle, sys; assert 'torch' not in sys.modules; diff_dalle.__version__"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+    with pytest.raises(AttributeError):
+        __import__("diff_dalle").nothing  # noqa: B018
