@@ -8,7 +8,7 @@ DATA=${DATA:-data/demo}
 RUNS=${RUNS:-runs/demo/cascade}
 train() {
     echo; echo "== $1 $3"
-    mpiexec -n "$RANKS" python "scripts/$1.py" "${@:2}" --num_workers 1 --seed 0
+    mpiexec -n "$RANKS" python "scripts/$1.py" "${@:2}" --num_workers 1 --seed 0 --ema_rate 0.98
 }
 python scripts/make_demo_data.py --source shapes --out_dir "$DATA/256" \
     --num_train 2000 --num_val 200 --image_size 256 --seed 0 --num_workers "$RANKS"
@@ -16,8 +16,8 @@ python scripts/make_demo_data.py --source shapes --out_dir "$DATA/1024" \
     --num_train 300 --num_val 40 --image_size 1024 --seed 1 --num_workers "$RANKS"
 SMALL="--data_dir $DATA/256/train --val_data_dir $DATA/256/val"
 LARGE="--data_dir $DATA/1024/train --val_data_dir $DATA/1024/val"
-train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" --batch_size 8 \
-    --iterations 500 --log_interval 50 --eval_interval 250 --save_interval 500
+train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" \
+    --iterations 350 --log_interval 50 --eval_interval 175 --save_interval 350
 train train_classifier --preset tiny-clip $SMALL --log_dir "$RUNS/clip" --batch_size 32 \
     --iterations 200 --log_interval 50 --eval_interval 100 --save_interval 200
 train train_generator --preset tiny-256 $SMALL --log_dir "$RUNS/up256" --batch_size 8 \

@@ -8,6 +8,7 @@ words have come through.
 from __future__ import annotations
 
 import datetime
+import gc
 import math
 import os
 import sys
@@ -81,6 +82,8 @@ def _end_returned(code: int) -> NoReturn:
     if dist.is_initialized():
         # Closes the connections: should another rank still wait for this one, it fails now.
         dist.destroy_process_group()
+    # DDP in a cycle keeps the group's threads; one of them can abort the interpreter's exit.
+    gc.collect()
     comm = _mpi_world()
     if comm is not None and comm.size > 1:
         _all_arrive(comm, deadline_s=math.inf)

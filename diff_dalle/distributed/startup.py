@@ -10,6 +10,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 
+# Its functions take the default process group of the moment they are imported as a default
+# argument. Imported later (building an optimizer does), they would keep the group's threads
+# alive beyond `stop`, and such a thread can abort the interpreter on its way out.
+import torch.distributed.nn.functional
+
 from diff_dalle.distributed.collectives import all_gather_objects
 from diff_dalle.distributed.world import (
     Launch,
@@ -70,9 +75,7 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _meet_through_mpi(
-    launch: Launch, timeout: datetime.timedelta
-) -> tuple[int, int, dist.Store]:
+def _meet_through_mpi(launch: Launch, timeout: datetime.timedelta) -> tuple[int, int, dist.Store]:
     """Initialise MPI; returns local rank, local size and a store that all ranks reach.
 
     Rank 0 serves the store under its host name, or under MASTER_ADDR where that is set.

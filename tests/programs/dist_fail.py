@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     how, folder = argv
     if how == "usage-before-start":
         raise UsageError("--lr is -1.0: it must be positive")
-    world = start("cpu", timeout_s=60)
+    world = start("cpu", timeout_s=600)
     with errors_to(folder, world):
         all_reduce_sum_(torch.ones(1), world)
         if how == "usage-on-all":

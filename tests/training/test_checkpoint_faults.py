@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from diff_dalle.training.checkpoints import (
     load_latest,
     load_training_state,
     save_checkpoint,
+    save_weights,
 )
 from diff_dalle.training.files import file_digest, require_room
 
@@ -78,8 +80,10 @@ def run_and_die(work: Callable[[], object], at: int) -> bool:
         os.fsync, os.replace = counted(lambda handle: None), counted(os.replace)
         Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
         files.HashingFile.write = counted(files.HashingFile.write)  # type: ignore[method-assign]
-        work()
-        os._exit(0)
+        try:
+            work()
+        finally:
+            os._exit(0 if sys.exception() is None else 1)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -161,6 +165,24 @@ def test_a_full_disk_harms_nothing(tmp_path: Path) -> None:
     assert hashes(tmp_path, 1) == before
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(before)
     assert find_latest(tmp_path) == 1
+
+
+def test_a_full_disk_leaves_no_piece_of_single_weights(tmp_path: Path) -> None:
+    def in_little_room() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        with pytest.raises(OSError):
+            save_weights(
+                tmp_path / "best.pt",
+                kind="generator",
+                config={},
+                tokenizer_json=None,
+                step=1,
+                ema_rate=None,
+                state_dict=model_state(1),
+            )
+
+    assert run_and_die(in_little_room, at=-1)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_second_save_of_one_step_replaces_the_first(tmp_path: Path) -> None:
