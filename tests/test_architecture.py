@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import importlib
 import pkgutil
+import runpy
 from pathlib import Path
 
 import diff_dalle
@@ -109,3 +110,19 @@ def test_mpi_is_never_imported_at_the_top() -> None:
 def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages(diff_dalle.__path__, "diff_dalle."):
         importlib.import_module(module.name)
+
+
+def test_the_readme_maps_every_file() -> None:
+    printed = runpy.run_path(str(ROOT / "scripts" / "print_file_map.py"))["file_map"]()
+    assert printed in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_models_hparams_is_printed_not_typed() -> None:
+    table = importlib.import_module("diff_dalle.preset_table")
+    text = (ROOT / "models_hparams.md").read_text(encoding="utf-8")
+    for name in table.PRESETS:
+        assert f"| `{name}` |" in text and f"## {name}" in text
+    for name in ("tiny-64", "adm-64", "adm-256", "adm-up-256", "diff-dalle-64"):
+        row = table.preset_row(name)
+        costs = f"{row.parameters:,} | {row.gflops:,.2f} | {row.gibibytes:,.1f}"
+        assert f"| `{name}` | {costs} | none |" in text
