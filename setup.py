@@ -12,6 +12,7 @@ EXTRAS = {
     "docs": ["matplotlib"],
     "test": [
         "emoji",
+        "matplotlib",
         "mypy",
         "pytest",
         "pytest-timeout",

@@ -1,0 +1,1 @@
+"""Measures: do pictures say what their captions say, and does an upsampler earn its place."""

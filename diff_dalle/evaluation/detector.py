@@ -3,12 +3,14 @@
 Nothing is trained. The steps, each a function below:
 
 1. The background is the palette colour nearest to the median of the picture's border.
-2. What differs visibly from that median is foreground; its inner pixels vote for the object's
-   colour, each for the nearest of the palette. Distances are Euclidean in CIELAB.
+2. The pixels that differ most from that median vote for the object's colour, each for the
+   nearest of the palette; others may be blends of two colours, at edges and where it is blurred.
+   Most are those nearly as different as the pixel that a fixed share of the picture exceeds.
+   Distances are Euclidean in CIELAB.
 3. A pixel's coverage is how far it lies on the way from the background to the object's colour;
-   the connected region that holds the largest mass of coverage is the object.
+   the connected region that holds most of the voters is the object.
 4. The object, moved and scaled to standard position and area, is compared with templates of all
-   shapes in all small shifts and sizes; the largest soft intersection over union wins.
+   shapes in small shifts, sizes and blurs; the largest soft intersection over union wins.
 
 The detector always answers, on noise and on empty pictures too, so that its accuracy there can be
 held against chance; ``confidence`` tells such answers apart.
@@ -30,12 +32,19 @@ from torch.nn import functional as F
 
 WORKING_SIZE = 128  # pixels; larger pictures are averaged down first
 _BORDER = 1 / 32  # of the picture's side
-_VISIBLE = 10.0  # CIELAB units; 2.3 are just noticeable, mild noise and JPEG stay below 10
+_VISIBLE = 10.0  # CIELAB units, of which 2.3 are just noticeable: less is no object
+_PEAK_SHARE = 1 / 200  # of the picture's pixels; the smallest objects cover three times as much
+_PEAK_TOLERANCE = 0.85
+_SOFT_EDGE = 3  # pixels around a region that belong to it
 _FRAME = 48  # G
 _FRAME_RADIUS = 1.3  # half the standard frame, in square roots of the object's area
 _SCALES = (0.9, 0.95, 1.0, 1.05, 1.1)
 _SHIFTS = (-0.06, 0.0, 0.06)  # in square roots of the area
+_BLURS = (0.0, 0.08, 0.16, 0.24)  # standard deviations, in square roots of the area
 _CHUNK = 32
+
+# BT.601 luma and colour differences, these at half their weight: JPEG blurs them to twice a pixel.
+_TO_YCC = torch.tensor([[0.299, 0.587, 0.114], [-0.0844, -0.1656, 0.25], [0.25, -0.2094, -0.0406]])
 
 RGB = tuple[int, int, int]
 
@@ -49,7 +58,8 @@ class Detection:
         colour: name of the object's colour.
         shape: name of the object's shape.
         confidence: intersection over union with the best template, times the object's share of
-            all foreground: near 1 for a clean scene, near 0 for noise; 0 if nothing is there.
+            all that is plainly no background: near 1 for a clean scene, near 0 for noise, 0 if
+            nothing is there.
         centre: (x, y) of the middle of the object's bounding box, unit coordinates.
         extent: side of its bounding box as a fraction of the picture's side.
     """
@@ -107,10 +117,14 @@ class Detector:
         lab = _lab(rgb)
         back_rgb, back_lab = _border_median(rgb), _border_median(lab)  # [B,3] each
         background = torch.cdist(back_lab, self._background_lab).argmin(dim=1)  # [B]
-        foreground = (lab - back_lab[:, :, None, None]).norm(dim=1) > _VISIBLE  # [B,H,W]
-        colour, own = self._vote(lab, foreground)  # [B], [B,H,W]
-        coverage = _coverage(rgb, back_rgb, own) * _dilated(foreground)  # [B,H,W]
-        coverage, share = _largest_region(coverage)
+        difference = (lab - back_lab[:, :, None, None]).square().sum(dim=1).sqrt()  # [B,H,W]
+        peak = difference.flatten(1).quantile(1 - _PEAK_SHARE, dim=1)  # [B]
+        peak = peak[:, None, None].clamp(min=_VISIBLE)
+        colour, own = self._vote(lab, difference >= _PEAK_TOLERANCE * peak)  # [B], [B,H,W]
+        coverage = _coverage(rgb, back_rgb, own)  # [B,H,W]
+        region = _region(coverage > 0.5, own)  # [B,H,W]
+        share = _share(region, difference > 0.5 * peak)  # [B]
+        coverage = coverage * region
         frame, centroid, area = _standardised(coverage)
         shape, overlap = self._match(frame)  # [B], [B]
         extent = (area / self._areas[shape]).sqrt()  # [B]
@@ -127,18 +141,14 @@ class Detector:
             for i in range(len(rgb))
         ]
 
-    def _vote(self, lab: Tensor, foreground: Tensor) -> tuple[Tensor, Tensor]:
-        """The object's colour [B] and the pixels [B,H,W] that voted for it.
-
-        Only pixels whose neighbours are all foreground vote: the others may be blends.
-        """
-        inner = ~_dilated(~foreground)
-        inner = torch.where(inner.any(dim=(1, 2), keepdim=True), inner, foreground)
+    def _vote(self, lab: Tensor, voters: Tensor) -> tuple[Tensor, Tensor]:
+        """The object's colour [B] and those of the voters [B,H,W] that voted for it."""
         pixels = lab.flatten(2).transpose(1, 2)  # [B,H*W,3]
-        nearest = torch.cdist(pixels, self._colour_lab).argmin(dim=2).view_as(inner)  # [B,H,W]
-        ballots = F.one_hot(nearest, len(self._colours)) * inner[..., None]  # [B,H,W,K]
-        colour = ballots.sum(dim=(1, 2)).argmax(dim=1)  # [B]
-        return colour, inner & (nearest == colour[:, None, None])
+        nearest = torch.cdist(pixels, self._colour_lab).argmin(dim=2)  # [B,H*W]
+        votes = torch.zeros(len(lab), len(self._colours))  # [B,K]
+        votes.scatter_add_(1, nearest, voters.float().flatten(1))
+        colour = votes.argmax(dim=1)  # [B]
+        return colour, voters & (nearest == colour[:, None]).view_as(voters)
 
     def _match(self, frame: Tensor) -> tuple[Tensor, Tensor]:
         """The best shape [B] and its overlap [B] for standardised coverage [B,G,G]."""
@@ -173,8 +183,10 @@ def _lab(rgb: Tensor) -> Tensor:
     # The rows' sums are the white point: white gets (1, 1, 1).
     to_xyz = to_xyz / to_xyz.sum(dim=1, keepdim=True)
     x, y, z = torch.einsum("dc,bc...->bd...", to_xyz, linear).unbind(1)
-    f = [torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
-         for v in (x, y, z)]
+    f = [
+        torch.where(v > 0.008856, v.clamp(min=1e-6) ** (1 / 3), 7.787 * v + 16 / 116)
+        for v in (x, y, z)
+    ]
     return torch.stack([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])], dim=1)
 
 
@@ -193,44 +205,61 @@ def _border_median(image: Tensor) -> Tensor:
 
 def _dilated(mask: Tensor) -> Tensor:
     """A bool mask [B,H,W] grown by one pixel in all eight directions."""
-    return F.max_pool2d(mask.float()[:, None], 3, stride=1, padding=1)[:, 0] > 0
+    return _neighbours_maximum(mask.float()) > 0
+
+
+def _neighbours_maximum(x: Tensor) -> Tensor:
+    """The largest of each pixel of [B,H,W] and its eight neighbours; x is nowhere negative."""
+    for dim in (1, 2):  # a few times faster than max_pool2d on a CPU
+        size = x.shape[dim]
+        padded = F.pad(x, (0, 0, 1, 1) if dim == 1 else (1, 1))
+        before, after = padded.narrow(dim, 0, size), padded.narrow(dim, 2, size)
+        x = torch.maximum(torch.maximum(before, after), x)
+    return x
 
 
 def _coverage(rgb: Tensor, background: Tensor, own: Tensor) -> Tensor:
-    """How much of each pixel the object covers, [B,H,W] in [0, 1].
+    """How much of each pixel the object covers, [B,H,W]: 0 not at all, 1 wholly.
 
     An anti-aliased edge is a blend of the two colours: the position on the line between them.
     """
+    image = torch.einsum("dc,bchw->bdhw", _TO_YCC, rgb)  # [B,3,H,W]
     count = own.sum(dim=(1, 2)).clamp(min=1)  # [B]
-    colour = torch.einsum("bchw,bhw->bc", rgb, own.float()) / count[:, None]  # [B,3]
-    line = colour - background  # [B,3]
-    along = torch.einsum("bchw,bc->bhw", rgb - background[:, :, None, None], line)
+    colour = torch.einsum("bchw,bhw->bc", image, own.float()) / count[:, None]  # [B,3]
+    origin = background @ _TO_YCC.T  # [B,3]
+    line = colour - origin  # [B,3]
+    along = torch.einsum("bchw,bc->bhw", image - origin[:, :, None, None], line)
     length = line.square().sum(dim=1).clamp(min=1e-6)  # [B]
-    covered = (along / length[:, None, None]).clamp(0, 1)
+    # Some room beyond 0 and 1: noise then cancels out instead of adding up.
+    covered = (along / length[:, None, None]).clamp(-0.25, 1.25)
     return covered * own.any(dim=(1, 2), keepdim=True)
 
 
-def _largest_region(coverage: Tensor) -> tuple[Tensor, Tensor]:
-    """Coverage [B,H,W] of one region only, and its share [B] of all coverage.
+def _region(solid: Tensor, own: Tensor) -> Tensor:
+    """The pixels [B,H,W] of the object, with its soft edge.
 
-    Regions of pixels at least half covered, connected over corners; the one with the largest
-    mass is kept, with its soft edge of one pixel.
+    Of the regions of solid pixels [B,H,W], connected over corners, the one that holds most of
+    the object's own pixels [B,H,W].
     """
-    solid = coverage > 0.5
     height, width = solid.shape[1:]
     numbers = torch.arange(1, height * width + 1, dtype=torch.float32).view(height, width)
     labels = numbers * solid  # [B,H,W]
     while True:  # each region takes the largest number in it
-        grown = F.max_pool2d(labels[:, None], 3, stride=1, padding=1)[:, 0] * solid
+        grown = _neighbours_maximum(labels) * solid
         if torch.equal(grown, labels):
             break
         labels = grown
-    mass = torch.zeros(len(labels), height * width + 1)
-    mass.scatter_add_(1, labels.long().flatten(1), (coverage * solid).flatten(1))
-    region = mass.argmax(dim=1)  # [B]
-    kept = coverage * _dilated(solid & (labels == region[:, None, None]))
-    total = coverage.sum(dim=(1, 2))
-    return kept, kept.sum(dim=(1, 2)) / total.clamp(min=1e-6)
+    votes = torch.zeros(len(labels), height * width + 1)
+    votes.scatter_add_(1, labels.long().flatten(1), (own & solid).float().flatten(1))
+    region = solid & (labels == votes.argmax(dim=1)[:, None, None])
+    for _ in range(_SOFT_EDGE):
+        region = _dilated(region)
+    return region
+
+
+def _share(region: Tensor, visible: Tensor) -> Tensor:
+    """How much [B] of what is visible [B,H,W] lies in a region [B,H,W]."""
+    return (region & visible).sum(dim=(1, 2)) / visible.sum(dim=(1, 2)).clamp(min=1)
 
 
 def _standardised(coverage: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,7 +288,7 @@ def _sampled(coverage: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
 
 
 def _variants(outline: Tensor) -> Tensor:
-    """All shifts and sizes of an outline [M,M] in the standard frame, [V, G*G]."""
+    """All shifts, sizes and blurs of an outline [M,M] in the standard frame, [V,G*G]."""
     _, centre, area = _standardised(outline[None])
     centres, radii = [], []
     for scale in _SCALES:
@@ -268,4 +297,16 @@ def _variants(outline: Tensor) -> Tensor:
                 radii.append(area.sqrt() * _FRAME_RADIUS * scale)
                 centres.append(centre + torch.tensor([dx, dy]) * area.sqrt())
     repeated = outline[None].expand(len(radii), -1, -1)
-    return _sampled(repeated, torch.cat(centres), torch.cat(radii)).flatten(1)
+    sharp = _sampled(repeated, torch.cat(centres), torch.cat(radii))  # [V,G,G]
+    return torch.cat([_blurred(sharp, sigma) for sigma in _BLURS]).flatten(1)
+
+
+def _blurred(frames: Tensor, sigma: float) -> Tensor:
+    """Frames [V,G,G] under a Gaussian of ``sigma`` square roots of the object's area."""
+    if sigma == 0:
+        return frames
+    pixels = torch.arange(_FRAME, dtype=torch.float32)
+    distance = (pixels[:, None] - pixels[None]) * 2 * _FRAME_RADIUS / _FRAME
+    kernel = torch.exp(-0.5 * (distance / sigma) ** 2)  # [G,G]
+    kernel = kernel / kernel.sum(dim=1, keepdim=True)
+    return kernel @ frames @ kernel.T

@@ -4,10 +4,10 @@
 of early vision have it (Portilla and Simoncelli 2000). It sees blur, ringing and noise; it hardly
 sees what is in the picture.
 
-``random``: a small convolutional network with fixed random weights, pooled to mean and standard
-deviation per channel at four scales. Random filters describe texture nearly as well as trained
-ones (Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional networks with
-random filters").
+``random``: a small convolutional network with fixed random weights, pooled to the logarithms of
+mean and standard deviation per channel at four scales. Random filters describe texture nearly as
+well as trained ones (Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional
+networks with random filters").
 
 Both are functions of the pixels and of nothing else, the same on every machine up to rounding.
 They are no substitute for a trained network's idea of a picture: compare two upsamplers with them,
@@ -29,6 +29,7 @@ from diff_dalle import keyed_noise
 
 _BAND_LEVELS = 5
 _NOISE_FLOOR = 1e-3  # a quarter of one grey level: keeps the logarithm of a flat picture finite
+_RANDOM_FLOOR = 1e-3
 _RANDOM_LEVELS = 4
 _RANDOM_WIDTH = 16
 _RANDOM_OUTPUTS = 8
@@ -37,15 +38,7 @@ _RANDOM_OUTPUTS = 8
 _YCC = torch.tensor(
     [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
 )
-# Second differences along four directions; each sums to 0.
-_DIRECTIONS = torch.tensor(
-    [
-        [[0.0, 0, 0], [-0.5, 1, -0.5], [0, 0, 0]],
-        [[0.0, -0.5, 0], [0, 1, 0], [0, -0.5, 0]],
-        [[-0.5, 0, 0], [0, 1, 0], [0, 0, -0.5]],
-        [[0.0, 0, -0.5], [0, 1, 0], [-0.5, 0, 0]],
-    ]
-)  # [4, 3, 3]
+_DIRECTIONS = ((0, 1), (1, 0), (1, 1), (1, -1))  # rows down, columns right
 
 
 def band_features(images: Tensor) -> Tensor:
@@ -58,14 +51,13 @@ def band_features(images: Tensor) -> Tensor:
     """
     ycc = torch.einsum("dc,bchw->bdhw", _YCC.to(images.device), images.float() / 255)  # [B,3,H,W]
     features = [ycc.mean(dim=(2, 3)), ycc.std(dim=(2, 3), correction=0)]  # [B,3] each
-    kernel = _DIRECTIONS.to(images.device)[:, None]  # [4,1,3,3]
     for level in range(_BAND_LEVELS):
         height, width = ycc.shape[-2:]
         if min(height, width) < 3:
             raise ValueError(f"images of {images.shape[-2]} x {images.shape[-1]} are too small")
-        bands = F.conv2d(ycc.flatten(0, 1)[:, None], kernel)  # [3B,4,h,w]
-        rms = (bands.square().mean(dim=(2, 3)).sqrt() + _NOISE_FLOOR).unflatten(0, (-1, 3))
-        magnitude = (bands.abs().mean(dim=(2, 3)) + _NOISE_FLOOR).unflatten(0, (-1, 3))  # [B,3,4]
+        bands = [_second_difference(ycc, *direction) for direction in _DIRECTIONS]  # [B,3,h,w]
+        rms = torch.stack([b.square().mean(dim=(2, 3)).sqrt() for b in bands], 2) + _NOISE_FLOOR
+        magnitude = torch.stack([b.abs().mean(dim=(2, 3)) for b in bands], 2) + _NOISE_FLOOR
         features.append(rms[:, 0].log())  # [B,4]
         features.append((magnitude[:, 0] / rms[:, 0]).log())  # [B,4]
         features.append(rms[:, 1:].mean(dim=2).log())  # [B,2]
@@ -77,8 +69,9 @@ def band_features(images: Tensor) -> Tensor:
 def random_features(images: Tensor) -> Tensor:
     """uint8 [B,3,H,W] -> float32 [B, 64], H and W at least 48.
 
-    At each of four octaves: two layers of random 3 x 3 filters with ReLU, eight outputs, their
-    means and standard deviations over the picture.
+    At each of four octaves: two layers of random 3 x 3 filters with ReLU, eight outputs, the
+    logarithms of their means and standard deviations over the picture. Without logarithms the
+    contrast of the colours that happen to meet would hide the sharpness of their edges.
     """
     x = images.float() / 127.5 - 1  # [B,3,H,W]
     features = []
@@ -87,7 +80,8 @@ def random_features(images: Tensor) -> Tensor:
         second = _random_filters("second", level, _RANDOM_OUTPUTS, _RANDOM_WIDTH).to(x.device)
         hidden = F.relu(F.conv2d(x, first))  # [B,16,h,w]
         output = F.relu(F.conv2d(hidden, second, stride=2))  # [B,8,h/2,w/2]
-        features += [output.mean(dim=(2, 3)), output.std(dim=(2, 3), correction=0)]  # [B,8] each
+        pooled = output.mean(dim=(2, 3)), output.std(dim=(2, 3), correction=0)  # [B,8] each
+        features += [(value + _RANDOM_FLOOR).log() for value in pooled]
         x = F.avg_pool2d(x, 2)
     return torch.cat(features, dim=1)  # [B,64]
 
@@ -113,6 +107,17 @@ def extract(
         if batch:
             rows.append(function(torch.stack(batch)).double().cpu().numpy())
     return np.concatenate(rows)
+
+
+def _second_difference(image: Tensor, down: int, right: int) -> Tensor:
+    """Each pixel of [B,C,H,W] less the mean of two opposite neighbours, [B,C,H-2,W-2]."""
+    height, width = image.shape[-2:]
+
+    def shifted(sign: int) -> Tensor:
+        top, left = 1 + sign * down, 1 + sign * right
+        return image[..., top : top + height - 2, left : left + width - 2]
+
+    return shifted(0) - (shifted(1) + shifted(-1)) / 2
 
 
 def _random_filters(layer: str, level: int, outputs: int, inputs: int) -> Tensor:

@@ -86,10 +86,14 @@ class UpsamplerReport:
             f"| Fréchet distance, `{name}` | {d.model:.4g} | {d.lanczos:.4g} | {d.floor:.4g} |"
             for name, d in self.distances.items()
         ]
-        lines.append(f"| against the true picture, dB | {self.psnr_model.mean:.1f} "
-                     f"| {self.psnr_lanczos.mean:.1f} | |")
-        lines.append(f"| shrunk, against its input, dB | {self.consistency.mean:.1f} "
-                     f"({self.consistent:.0%} have {CONSISTENT_DB:.0f}) | | |")
+        lines.append(
+            f"| against the true picture, dB | {self.psnr_model.mean:.1f} "
+            f"| {self.psnr_lanczos.mean:.1f} | |"
+        )
+        lines.append(
+            f"| shrunk, against its input, dB | {self.consistency.mean:.1f} "
+            f"({self.consistent:.0%} have {CONSISTENT_DB:.0f}) | | |"
+        )
         return "\n".join(lines)
 
 
@@ -102,7 +106,9 @@ def shrink(pictures: Pictures, size: int) -> Pictures:
 def enlarge_lanczos(pictures: Pictures, size: int) -> Pictures:
     """uint8 [N,h,w,3] -> uint8 [N,size,size,3]."""
     lanczos = Image.Resampling.LANCZOS
-    return np.stack([np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures])
+    return np.stack(
+        [np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures]
+    )
 
 
 def psnr(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:

@@ -1,0 +1,128 @@
+"""Pictures to be measured, drawn by a cascade in one process.
+
+For hours of drawing on several ranks use `scripts/sample.py` and score its npz files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diff_dalle.cascade import Cascade
+from diff_dalle.config import SampleConfig
+from diff_dalle.errors import UsageError
+from diff_dalle.knobs import AUTO, knob, require
+
+Pictures = NDArray[np.uint8]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DrawingConfig:
+    """Which models draw, how, and where the report goes."""
+
+    model_path: list[str] = knob(
+        [], "checkpoints from the smallest picture to the largest, or a folder that holds them"
+    )
+    classifier_path: list[str] = knob([], "noised CLIPs that guide, as for sample.py")
+    guidance_scale: list[str] = knob(
+        ["1.0"], "strength of classifier-free guidance, one a stage; 1 is none"
+    )
+    timestep_respacing: list[str] = knob([AUTO], "steps to visit, one a stage, as for sample.py")
+    use_ddim: bool = knob(False, "DDIM instead of DDPM")
+    aug_level: list[str] = knob(["0.0"], "noise put on each upsampler's small picture, 0 to 1")
+    num_samples: int = knob(256, "pictures to measure")
+    batch_size: int = knob(16, "pictures drawn at once; changes memory and speed only")
+    log_dir: str | None = knob(
+        None, "folder for the report (default: $OPENAI_LOGDIR, else a new temporary folder)"
+    )
+    device: str = knob(AUTO, "auto, cpu or cuda")
+    precision: str = knob(AUTO, "fp32, fp16, bf16 or auto; a CPU samples in fp32")
+
+    def __post_init__(self) -> None:
+        require(self.num_samples >= 4, "num_samples", self.num_samples, "be 4 or more")
+        require(self.batch_size >= 1, "batch_size", self.batch_size, "be 1 or more")
+
+    def folder(self) -> Path:
+        """The folder for the report, made if missing."""
+        chosen = self.log_dir or os.environ.get("OPENAI_LOGDIR")
+        if chosen is None:
+            return Path(tempfile.mkdtemp(prefix="diff_dalle_evaluation_"))
+        try:
+            Path(chosen).mkdir(parents=True, exist_ok=True)
+        except OSError as problem:
+            raise UsageError(
+                f"--log_dir {chosen} cannot be made ({problem.strerror}): name another folder"
+            ) from problem
+        return Path(chosen)
+
+
+class Drawer:
+    """A cascade that draws all prompts of a measurement.
+
+    Attributes:
+        cascade: the loaded stages.
+    """
+
+    def __init__(self, cfg: DrawingConfig) -> None:
+        """Load the models; raises `UsageError` where sample.py would."""
+        self._cfg = cfg
+        self.cascade = Cascade.load(
+            cfg.model_path, cfg.classifier_path or None, cfg.device, cfg.precision
+        )
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        *,
+        seed: int,
+        classifier_scale: float,
+        low_res: Pictures | None = None,
+    ) -> list[Pictures]:
+        """The pictures of each stage, uint8 [N,H,W,3], smallest stage first.
+
+        Args:
+            prompts: N captions; picture n is a function of (seed, n, its caption).
+            seed: of all noise.
+            classifier_scale: strength of the noised CLIPs, in every stage that has one.
+            low_res: uint8 [N,h,w,3] where the first stage is an upsampler.
+        """
+        from tqdm import tqdm
+
+        cfg = self._cfg
+        plan = self.cascade.plan(
+            SampleConfig(
+                seed=seed,
+                classifier_scale=[str(classifier_scale)],
+                guidance_scale=cfg.guidance_scale,
+                timestep_respacing=cfg.timestep_respacing,
+                use_ddim=cfg.use_ddim,
+                aug_level=cfg.aug_level,
+                batch_size=cfg.batch_size,
+            ),
+            low_res,
+        )
+        batches = []
+        name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"
+        with tqdm(total=len(prompts), desc=name, unit="img") as bar:
+            for start in range(0, len(prompts), cfg.batch_size):
+                part = slice(start, start + cfg.batch_size)
+                small = None if low_res is None else low_res[part]
+                numbers = range(len(prompts))[part]
+                batches.append(self.cascade.draw(plan, numbers, prompts[part], low_res=small))
+                bar.update(len(numbers))
+        drawn = zip(*(batch.stages for batch in batches), strict=True)
+        return [np.concatenate(pictures) for pictures in drawn]
+
+    def facts(self) -> dict[str, Any]:
+        """What a report says of models and settings; ``step`` is the first stage's."""
+        settings = dataclasses.asdict(self._cfg)
+        stages = [stage.describe() for stage in self.cascade.stages]
+        step = self.cascade.stages[0].loaded.checkpoint.step
+        return {"step": step, "stages": stages, "settings": settings}

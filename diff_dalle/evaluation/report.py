@@ -1,0 +1,81 @@
+"""Reports on disk: JSON for programs, Markdown and a picture for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from diff_dalle.evaluation.alignment import VERDICT, Truth
+from diff_dalle.evaluation.detector import Detection
+
+Pictures = NDArray[np.uint8]
+
+_TILE = 160  # pixels
+_TEXT = 34  # pixels below a tile
+_GAP = 6
+_RIGHT, _WRONG = (20, 120, 40), (190, 30, 30)
+
+
+def free_stem(folder: Path, name: str) -> Path:
+    """``folder/name``, or with a number behind it where files of that stem are there already."""
+    taken = {path.stem for path in folder.iterdir()}
+    number = 1
+    while (stem := name if number == 1 else f"{name}_{number}") in taken:
+        number += 1
+    return folder / stem
+
+
+def write_report(stem: Path, content: dict[str, Any], table: str) -> list[Path]:
+    """Writes ``stem.json`` and ``stem.md``; returns both paths."""
+    data, text = stem.with_suffix(".json"), stem.with_suffix(".md")
+    data.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text.write_text(table + "\n", encoding="utf-8")
+    return [data, text]
+
+
+def verdict_rows(
+    captions: Sequence[str], truths: Sequence[Truth], detections: Sequence[Detection]
+) -> list[dict[str, Any]]:
+    """What JSON says of each picture."""
+    return [
+        {
+            "caption": caption,
+            "seen": {name: getattr(seen, name) for name in VERDICT},
+            "right": all(getattr(seen, name) == getattr(said, name) for name in VERDICT),
+            "confidence": round(seen.confidence, 4),
+        }
+        for caption, said, seen in zip(captions, truths, detections, strict=True)
+    ]
+
+
+def verdict_grid(
+    pictures: Pictures, truths: Sequence[Truth], detections: Sequence[Detection], columns: int = 8
+) -> Image.Image:
+    """Pictures [N,H,W,3], each above what was asked for and, where it differs, what was seen."""
+    rows = -(-len(pictures) // columns)
+    width, height = _TILE + _GAP, _TILE + _TEXT + _GAP
+    sheet = Image.new("RGB", (columns * width + _GAP, rows * height + _GAP), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for place, (picture, said, seen) in enumerate(zip(pictures, truths, detections, strict=True)):
+        left, top = _GAP + place % columns * width, _GAP + place // columns * height
+        sheet.paste(_tile(picture), (left, top))
+        wrong = [name for name in VERDICT if getattr(said, name) != getattr(seen, name)]
+        lines = [f"{said.colour} {said.shape}, {said.background}"]
+        lines += [f"seen: {seen.colour} {seen.shape}, {seen.background}"] if wrong else []
+        colour = _WRONG if wrong else _RIGHT
+        pen.rectangle((left - 1, top - 1, left + _TILE, top + _TILE), outline=colour)
+        pen.multiline_text((left, top + _TILE + 3), "\n".join(lines), fill=colour, font=font)
+    return sheet
+
+
+def _tile(picture: Pictures) -> Image.Image:
+    """Small pictures keep their pixels visible, large ones are averaged."""
+    small = len(picture) < _TILE
+    how = Image.Resampling.NEAREST if small else Image.Resampling.BOX
+    return Image.fromarray(picture).resize((_TILE, _TILE), how)

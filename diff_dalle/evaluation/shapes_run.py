@@ -1,0 +1,161 @@
+"""The measurement of alignment on one-object scenes, from flags to files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diff_dalle.data.captions import one_object_captions
+from diff_dalle.errors import UsageError
+from diff_dalle.evaluation.alignment import agreement, score_detections, shapes_detector, truth_of
+from diff_dalle.evaluation.detector_check import check_detector
+from diff_dalle.evaluation.drawing import Drawer, DrawingConfig, Pictures
+from diff_dalle.evaluation.report import free_stem, verdict_grid, verdict_rows, write_report
+from diff_dalle.evaluation.sweep import sweep
+from diff_dalle.knobs import knob, require
+
+_GRID = 64  # pictures that the grid shows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapesConfig(DrawingConfig):
+    """What to measure alignment on.
+
+    Several strengths or seeds make a sweep: a table of alignment, and no grid.
+    """
+
+    classifier_scale: list[float] = knob([1.0], "strengths of the noised CLIPs' gradient to try")
+    seeds: list[int] = knob([0], "seeds of the noise to draw every caption with")
+    caption_seed: int = knob(0, "which captions")
+    held_out: bool = knob(True, "combinations that training never shows; False: others only")
+    images: list[str] = knob(
+        [], "score these npz files of sample.py instead, smallest pictures first; needs --captions"
+    )
+    captions: str | None = knob(None, "the .txt beside --images, one caption a line")
+    write_captions: str | None = knob(
+        None, "only write the captions to this .txt, for sample.py --data_dir"
+    )
+    check_detector: bool = knob(
+        False, "only show the detector's scores on --num_samples scenes of known content, and noise"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        writes = self.write_captions is not None
+        ways = [bool(self.model_path), bool(self.images), writes, self.check_detector]
+        must = "be given, or else --images, --write_captions or --check_detector, one of the four"
+        require(sum(ways) == 1, "model_path", self.model_path, must)
+        together = bool(self.images) == (self.captions is not None)
+        require(together, "captions", self.captions, "stand together with --images")
+        require(bool(self.seeds), "seeds", self.seeds, "hold at least one number")
+        require(bool(self.classifier_scale), "classifier_scale", [], "hold at least one number")
+
+    def prompts(self) -> list[str]:
+        """The captions to draw."""
+        chosen = one_object_captions(self.num_samples, self.caption_seed, held_out=self.held_out)
+        return [caption for caption, _ in chosen]
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether several strengths or seeds are compared."""
+        return len(self.seeds) * len(self.classifier_scale) > 1
+
+
+def evaluate_shapes(cfg: ShapesConfig) -> tuple[list[Path], str]:
+    """Measure what the flags ask for.
+
+    Returns:
+        The files written, and the table to show.
+    Raises:
+        UsageError: models, pictures or captions that cannot be measured.
+    """
+    if cfg.check_detector:
+        return [], check_detector(cfg.num_samples)
+    if cfg.write_captions is not None:
+        path = Path(cfg.write_captions)
+        path.write_text("".join(f"{line}\n" for line in cfg.prompts()), encoding="utf-8")
+        return [path], f"{cfg.num_samples} captions"
+    if cfg.images:
+        stages, captions = read_outputs(cfg.images, cfg.captions or "")
+        return report_pictures(
+            stages, captions, cfg.folder(), {"settings": dataclasses.asdict(cfg)}
+        )
+    drawer, prompts = Drawer(cfg), cfg.prompts()
+    if cfg.is_sweep:
+        return _report_sweep(drawer, prompts, cfg)
+    scale, seed = cfg.classifier_scale[0], cfg.seeds[0]
+    stages = drawer.draw(prompts, seed=seed, classifier_scale=scale)
+    return report_pictures(stages, prompts, cfg.folder(), drawer.facts())
+
+
+def report_pictures(
+    stages: Sequence[Pictures], captions: Sequence[str], folder: Path, facts: dict[str, Any]
+) -> tuple[list[Path], str]:
+    """Scores of finished pictures: ``alignment.json``, ``.md`` and ``.png`` in a folder.
+
+    Args:
+        stages: uint8 [N,H,W,3] for each stage, smallest first; the last one is scored, and its
+            verdicts are compared with those on the first.
+        captions: N full captions of one-object scenes.
+        folder: where the files go; those of an earlier report stay.
+        facts: what else the JSON says.
+    """
+    detector, truths = shapes_detector(), [truth_of(caption) for caption in captions]
+    verdicts = [detector.detect_all(pictures) for pictures in stages]
+    scores, table = score_detections(verdicts[-1], truths), ""
+    content = {**facts, "scores": dataclasses.asdict(scores)["shares"], "count": scores.count}
+    content["confidence"] = scores.confidence
+    table = scores.table()
+    if len(stages) > 1:
+        kept = agreement(verdicts[0], verdicts[-1])
+        sizes = f"{stages[0].shape[1]} px and {stages[-1].shape[1]} px"
+        content["agreement"] = {name: dataclasses.asdict(share) for name, share in kept.items()}
+        table += f"\n\nthe same verdict on {sizes}: {kept['verdict']}"
+    content["pictures"] = verdict_rows(captions, truths, verdicts[-1])
+    stem = free_stem(folder, "alignment")
+    shown = slice(0, _GRID)
+    grid = stem.with_suffix(".png")
+    verdict_grid(stages[-1][shown], truths[shown], verdicts[-1][shown]).save(grid)
+    return [*write_report(stem, content, table), grid], table
+
+
+def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], list[str]]:
+    """The pictures of each npz file, and the captions that belong to them.
+
+    Raises:
+        UsageError: a file that cannot be read, or numbers that differ.
+    """
+    try:
+        lines = Path(captions).read_text(encoding="utf-8").splitlines()
+        stages = [np.load(path)["arr_0"] for path in images]
+    except (OSError, ValueError, KeyError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise UsageError(f"--images, --captions: {reason}; give files of sample.py") from problem
+    for path, stage in zip(images, stages, strict=True):
+        if stage.dtype != np.uint8 or stage.ndim != 4 or len(stage) != len(lines):
+            raise UsageError(
+                f"--images {path} holds {stage.dtype} {stage.shape}, but {captions} has "
+                f"{len(lines)} lines: give uint8 (N, H, W, 3) and N captions"
+            )
+    return stages, lines
+
+
+def _report_sweep(
+    drawer: Drawer, prompts: Sequence[str], cfg: ShapesConfig
+) -> tuple[list[Path], str]:
+    """``guidance.json`` and ``guidance.md``: alignment for each strength."""
+    if len(cfg.classifier_scale) > 1 and not cfg.classifier_path:
+        raise UsageError("--classifier_scale lists strengths, but of what: give --classifier_path")
+    truths = [truth_of(prompt) for prompt in prompts]
+
+    def last_stage(scale: float, seed: int) -> Pictures:
+        return drawer.draw(prompts, seed=seed, classifier_scale=scale)[-1]
+
+    report = sweep(last_stage, truths, cfg.classifier_scale, cfg.seeds)
+    content = {**drawer.facts(), **report.to_json()}
+    table = report.table()
+    return write_report(free_stem(cfg.folder(), "guidance"), content, table), table

@@ -1,0 +1,229 @@
+"""The scripts' work, with random models: what is written, and what is refused."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from diff_dalle.data.captions import captions, one_object_captions
+from diff_dalle.data.scenes import sample_scene
+from diff_dalle.data.writer import Sample, write_shards
+from diff_dalle.errors import UsageError
+from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
+from diff_dalle.evaluation.shapes_run import ShapesConfig, evaluate_shapes, report_pictures
+from diff_dalle.evaluation.upsampler_run import (
+    UpsamplerConfig,
+    evaluate_upsampler,
+    read_held_out,
+)
+
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "programs" / "tiny_cascade.py"))
+FAST: dict[str, Any] = {
+    "num_samples": 4,
+    "batch_size": 3,
+    "timestep_respacing": ["2"],
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    return TINY["write_cascade"](folder)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("val")
+
+    def sample(index: int) -> Sample:
+        scene = sample_scene(0, index, "val")
+        return Sample(
+            key=f"{index:04d}", captions=captions(scene), truth=scene.truth(), picture=scene
+        )
+
+    write_shards(folder, sample, 12, image_size=64)
+    return folder
+
+
+def paths(folder: Path, *names: str) -> list[str]:
+    return [str(folder / name) for name in names]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_base_model_is_drawn_and_scored(models: Path, tmp_path: Path) -> None:
+    cfg = ShapesConfig(model_path=paths(models, "base.pt"), log_dir=str(tmp_path / "new"), **FAST)
+    (data, text, grid), table = evaluate_shapes(cfg)
+    content = read(data)
+    assert content["step"] == 7 and content["count"] == 4
+    assert len(content["pictures"]) == 4
+    assert content["stages"][0]["checkpoint"]["sha256"]
+    assert 0 <= content["scores"]["shape"]["low"] <= content["scores"]["shape"]["mean"] <= 1
+    assert "agreement" not in content
+    assert text.read_text() == table + "\n"
+    assert Image.open(grid).width > 8 * 160
+
+
+def test_a_cascade_says_whether_its_last_stage_keeps_the_verdict(
+    models: Path, tmp_path: Path
+) -> None:
+    names = paths(models, "base.pt", "up32.pt", "up64.pt")
+    cfg = ShapesConfig(model_path=names, log_dir=str(tmp_path), **FAST)
+    (data, *_), table = evaluate_shapes(cfg)
+    assert set(read(data)["agreement"]) == {"background", "colour", "shape", "verdict"}
+    assert "the same verdict on 16 px and 64 px" in table
+
+
+def test_a_sweep_of_strengths(models: Path, tmp_path: Path) -> None:
+    cfg = ShapesConfig(
+        model_path=paths(models, "base.pt"),
+        classifier_path=paths(models, "clip.pt"),
+        classifier_scale=[0.0, 2.0],
+        seeds=[0, 1],
+        log_dir=str(tmp_path),
+        **FAST,
+    )
+    (data, _), table = evaluate_shapes(cfg)
+    content = read(data)
+    assert [row["scale"] for row in content["rows"]] == [-2, 0, 2]
+    assert content["seeds"] == [0, 1] and content["captions"] == 4
+    assert "| 2 |" in table
+
+
+def test_a_sweep_without_a_clip_is_refused(models: Path, tmp_path: Path) -> None:
+    names = paths(models, "base.pt")
+    cfg = ShapesConfig(model_path=names, classifier_scale=[0, 1], log_dir=str(tmp_path), **FAST)
+    with pytest.raises(UsageError, match="--classifier_path"):
+        evaluate_shapes(cfg)
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> dict[str, Any]:
+    """True pictures, as sample.py would leave them."""
+    chosen = one_object_captions(8, 0)
+    files = []
+    for size in (64, 128):
+        pictures = np.stack([scene.draw(size) for _, scene in chosen])
+        files.append(str(tmp_path / f"samples_8x{size}x{size}x3.npz"))
+        np.savez(files[-1], arr_0=pictures)
+    text = tmp_path / "samples.txt"
+    text.write_text("".join(f"{caption}\n" for caption, _ in chosen), encoding="utf-8")
+    return {"images": files, "captions": str(text), "log_dir": str(tmp_path)}
+
+
+def test_existing_pictures_are_scored(outputs: dict[str, Any]) -> None:
+    (data, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    content = read(data)
+    assert content["scores"]["all"]["mean"] == 1
+    assert content["agreement"]["verdict"]["mean"] == 1
+    assert all(picture["right"] for picture in content["pictures"])
+
+
+def test_the_last_stage_is_scored_and_held_against_the_first(outputs: dict[str, Any]) -> None:
+    first = np.load(outputs["images"][0])["arr_0"]
+    first[0] = first[1]  # the 64 px picture of the first caption shows another scene
+    np.savez(outputs["images"][0], arr_0=first)
+    (data, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    content = read(data)
+    assert content["scores"]["all"]["mean"] == 1
+    assert content["agreement"]["verdict"]["mean"] == 7 / 8
+
+
+def test_the_batch_size_does_not_change_what_is_drawn(models: Path) -> None:
+    prompts = ["a red circle", "a star", "a large blue square", "x"]
+    drawn = [
+        Drawer(DrawingConfig(model_path=paths(models, "base.pt"), **(FAST | {"batch_size": size})))
+        .draw(prompts, seed=0, classifier_scale=1.0)[0]
+        .astype(int)
+        for size in (4, 3)
+    ]
+    assert np.abs(drawn[0] - drawn[1]).max() <= 1
+    assert np.abs(drawn[0][3] - drawn[0][0]).max() > 10
+
+
+def test_an_earlier_report_stays(outputs: dict[str, Any]) -> None:
+    (first, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    before = first.read_bytes()
+    (second, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    assert (first.name, second.name) == ("alignment.json", "alignment_2.json")
+    assert first.read_bytes() == before
+
+
+def test_pictures_and_captions_that_differ_in_number_are_refused(outputs: dict[str, Any]) -> None:
+    Path(outputs["captions"]).write_text("a red star on a teal background\n")
+    with pytest.raises(UsageError, match="8, 64, 64, 3.* has 1 lines"):
+        evaluate_shapes(ShapesConfig(**outputs))
+    with pytest.raises(UsageError, match="give files of sample.py"):
+        evaluate_shapes(ShapesConfig(**(outputs | {"images": ["missing.npz"]})))
+
+
+def test_captions_for_sample_py(tmp_path: Path) -> None:
+    path = tmp_path / "captions.txt"
+    evaluate_shapes(ShapesConfig(write_captions=str(path), num_samples=16))
+    expected = [caption for caption, _ in one_object_captions(16, 0, held_out=True)]
+    assert path.read_text(encoding="utf-8").splitlines() == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({}, "--model_path"),
+        ({"model_path": ["a.pt"], "write_captions": "b.txt"}, "one of the four"),
+        ({"images": ["a.npz"]}, "--captions"),
+        ({"model_path": ["a.pt"], "seeds": []}, "--seeds"),
+        ({"model_path": ["a.pt"], "num_samples": 3}, "--num_samples"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ShapesConfig(**flags)
+
+
+def test_wrong_pictures_are_marked_in_the_grid(tmp_path: Path) -> None:
+    (_, said), (_, shown) = one_object_captions(2, 0)
+    picture = shown.draw(64)[None]
+    files, _ = report_pictures([picture], [captions(said)[0]], tmp_path, {})
+    corner = np.asarray(Image.open(files[-1]))[5, 5]
+    assert tuple(corner) == (190, 30, 30)
+
+
+def test_an_upsampler_is_compared_with_lanczos(models: Path, shards: Path, tmp_path: Path) -> None:
+    cfg = UpsamplerConfig(
+        model_path=paths(models, "up64.pt"), data_dir=[str(shards)], log_dir=str(tmp_path), **FAST
+    )
+    (data, _, grid), table = evaluate_upsampler(cfg)
+    content = read(data)
+    assert (content["small_size"], content["image_size"], content["count"]) == (32, 64, 4)
+    assert content["distances"]["bands"]["model"] > content["distances"]["bands"]["lanczos"]
+    assert content["consistent"] < 1  # a random model heeds nothing
+    assert "Lanczos" in table
+    assert Image.open(grid).size == (4 * 64, 4 * 64)
+
+
+def test_a_base_model_or_a_cascade_is_no_upsampler(models: Path, shards: Path) -> None:
+    for names in (["base.pt"], ["up32.pt", "up64.pt"]):
+        cfg = UpsamplerConfig(model_path=paths(models, *names), data_dir=[str(shards)], **FAST)
+        with pytest.raises(UsageError, match="must name one upsampler"):
+            evaluate_upsampler(cfg)
+
+
+def test_held_out_pictures_are_spread_over_the_dataset(shards: Path) -> None:
+    pictures, texts = read_held_out([str(shards)], 4, 64, with_text=True)
+    scenes = [sample_scene(0, index, "val") for index in (0, 3, 6, 9)]
+    np.testing.assert_array_equal(pictures, [scene.draw(64) for scene in scenes])
+    assert texts == [captions(scene)[0] for scene in scenes]
+    assert read_held_out([str(shards)], 4, 64, with_text=False)[1] == [""] * 4
+
+
+def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
+    one = Sample(key="a", captions=["x"], truth={}, picture=sample_scene(0, 0, "val"))
+    write_shards(tmp_path, lambda _: one, 1, image_size=64)
+    with pytest.raises(UsageError, match="1 usable pictures"):
+        read_held_out([str(tmp_path)], 256, 64, with_text=True)
