@@ -8,5 +8,6 @@ import torch
 def _one_thread() -> None:
     torch.set_num_threads(1)
 
+
 # Programs that tests start under mpiexec, not tests.
 collect_ignore = ["programs"]
