@@ -61,6 +61,10 @@ class GeneratorRun:
         small, large = self.generator.small_size, self.unet.image_size
         fits = small == 0 or (0 < small < large and large % small == 0)
         require(fits, "small_size", small, f"divide --image_size {large} and be smaller")
+        residual = self.generator.low_res_residual
+        sensible = not residual or (small > 0 and self.process.resolved_prediction == "x0")
+        must = "go with an upsampler (--small_size) and --prediction x0"
+        require(sensible, "low_res_residual", residual, must)
 
     @property
     def image_size(self) -> int:
@@ -120,8 +124,10 @@ class Parser:
         types: list[Any] = [*sections, stated]
         self._parser = OneLine(types, allow_abbrev=False)
         self._actions = {action.dest: action for action in self._parser._actions}
-        for field in dataclasses.fields(stated):
-            self._actions[field.name].default = argparse.SUPPRESS
+        names = {field.name for field in dataclasses.fields(stated)}
+        for action in self._parser._actions:  # a boolean has two: --flag and --no_flag
+            if action.dest in names:
+                action.default = argparse.SUPPRESS
 
     @property
     def names(self) -> list[str]:

@@ -65,6 +65,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "attention_resolutions": "",
             "middle_attention": False,
             "prediction": "x0",
+            "low_res_residual": True,
         },
     ),
     "tiny-1024": (
@@ -81,6 +82,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "attention_resolutions": "",
             "middle_attention": False,
             "prediction": "x0",
+            "low_res_residual": True,
             "batch_size": 8,
         },
     ),

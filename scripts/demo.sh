@@ -21,9 +21,9 @@ train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" \
 train train_classifier --preset tiny-clip $SMALL --log_dir "$RUNS/clip" --batch_size 32 \
     --iterations 200 --log_interval 50 --eval_interval 100 --save_interval 200
 train train_generator --preset tiny-256 $SMALL --log_dir "$RUNS/up256" --batch_size 8 \
-    --iterations 250 --log_interval 50 --eval_interval 0 --save_interval 250
+    --iterations 250 --log_interval 50 --eval_interval 0 --save_interval 250 --num_preview 2
 train train_generator --preset tiny-1024 $LARGE --log_dir "$RUNS/up1024" --batch_size 4 \
-    --iterations 150 --log_interval 50 --eval_interval 0 --save_interval 150
+    --iterations 150 --log_interval 50 --eval_interval 0 --save_interval 150 --num_preview 0
 echo; echo "== sample"
 mpiexec -n "$RANKS" python scripts/sample.py --model_path "$RUNS" \
     --classifier_path "$RUNS/clip/best.pt" --classifier_scale 1.0 --guidance_scale 3 1 1 \

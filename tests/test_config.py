@@ -67,6 +67,8 @@ def test_readme_commands_parse() -> None:
     assert sample.sample.model_path == ["model_ema.pt"] and sample.sample.use_fp16
     assert sample.stated["num_channels"] == 128 and sample.stated["classifier_depth"] == 2
     assert sample.stated["noise_schedule"] == "cosine" and "dropout" not in sample.stated
+    assert parse_sample_run(["--model_path", "a.pt", "--prompts", "x"]).stated == {}
+    assert parse_sample_run(["--no_cond_text"]).stated == {"cond_text": False}
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ class GeneratorConfig:
     aug_level_cond: bool = knob(
         True, "tell the upsampler the noise level of its low-resolution input"
     )
+    low_res_residual: bool = knob(
+        False, "add the enlarged low-resolution input to the output (with --prediction x0)"
+    )
 
     def __post_init__(self) -> None:
         require(self.small_size >= 0, "small_size", self.small_size, "not be negative")
@@ -123,15 +126,20 @@ class Generator(nn.Module):
         if self.cfg.cond_text:
             text, mask = self._text_or_null(self.encode(cond))  # [B,L,D], [B,L]
             extra = self.pooled_text(masked_mean(text, mask))  # [B,E]
+        enlarged = None
         if cond.low_res is not None:
             # ADM's way, and right for crops: low_res covers what x_t covers.
-            enlarged = F.interpolate(cond.low_res, x_t.shape[2:], mode="bilinear")
-            x_t = torch.cat([x_t, enlarged.to(x_t.dtype)], dim=1)  # [B,6,H,W]
+            enlarged = F.interpolate(cond.low_res, x_t.shape[2:], mode="bilinear").to(x_t.dtype)
+            x_t = torch.cat([x_t, enlarged], dim=1)  # [B,6,H,W]
         if self.aug_embed is not None:
             level = t.new_zeros(len(t)) if cond.aug_level is None else cond.aug_level
             told = self.aug_embed(level * 1000)  # [B,E]
             extra = told if extra is None else extra + told
-        return self.unet(x_t, t, text, mask, extra)
+        output = self.unet(x_t, t, text, mask, extra)
+        if enlarged is None or not self.cfg.low_res_residual:
+            return output
+        # Norms forget a crop's mean colour; what is added here has it, so only detail is learned.
+        return torch.cat([output[:, :3] + enlarged, output[:, 3:]], dim=1)
 
     def _text_or_null(self, cond: Cond) -> tuple[Tensor, Tensor]:
         """Text [B,L,D] and mask [B,L], dropped captions replaced by one null token."""

@@ -8,9 +8,12 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from diff_dalle.errors import UsageError
-from diff_dalle.models.generator import Cond, Generator
+from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
+from diff_dalle.models.text import TextEncoderConfig
+from diff_dalle.models.unet import UNetConfig
 
 Inputs = tuple[Tensor, Tensor, Cond]
 Small = Callable[..., Generator]
@@ -230,3 +233,22 @@ def test_a_gpu_agrees_with_the_cpu(small: Small, perturb: Perturb, inputs: Input
     with torch.autocast("cuda", dtype=torch.bfloat16):
         low = model(x.cuda(), t.cuda(), moved).cpu()
     assert (low - y).norm() < 0.03 * y.norm()
+
+
+def test_a_residual_upsampler_starts_as_interpolation() -> None:
+    unet = UNetConfig(
+        image_size=16,
+        num_channels=16,
+        num_res_blocks=1,
+        channel_mult=(1,),
+        num_head_channels=16,
+        attention_resolutions=(),
+        dropout=0.0,
+    )
+    cfg = GeneratorConfig(cond_text=False, small_size=4, low_res_residual=True)
+    generator = Generator(cfg, unet, TextEncoderConfig())
+    low_res = torch.rand(2, 3, 4, 4)
+    y = generator(torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0]), Cond(low_res=low_res))
+    assert y.shape == (2, 6, 16, 16)
+    torch.testing.assert_close(y[:, :3], F.interpolate(low_res, (16, 16), mode="bilinear"))
+    assert not y[:, 3:].any()
