@@ -91,7 +91,8 @@ def test_a_new_residual_block_is_its_skip(
 
 @pytest.mark.parametrize("scale_shift", [True, False])
 def test_the_embedding_reaches_the_output(scale_shift: bool, perturb) -> None:  # type: ignore[no-untyped-def]
-    block = perturb(_block(scale_shift))
+    # 64 channels: with 32, a group is one channel and its norm takes an added constant out again.
+    block = perturb(_block(scale_shift, out=64))
     x = torch.randn(1, 16, 4, 4)
     assert not torch.allclose(block(x, torch.zeros(1, 8)), block(x, torch.ones(1, 8)))
 
