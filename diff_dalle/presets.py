@@ -49,6 +49,8 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "noise_schedule": "cosine",
             "prediction": "x0",
             "schedule_sampler": "logsnr-normal",
+            "logsnr_mean": -3.0,
+            "logsnr_std": 2.0,
         },
     ),
     "tiny-256": (
