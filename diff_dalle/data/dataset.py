@@ -60,12 +60,17 @@ class DataConfig:
     caption_key: str = knob(
         DEFAULT_KEY, "field of the .json that holds captions; any but this one outranks .txt"
     )
+    first_caption_prob: float = knob(
+        0.0, "share of training visits that read the first of several captions; else any of them"
+    )
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, "num_workers", self.num_workers, "be 0 or more")
         limit = self.max_train_samples
         require(limit >= 0, "max_train_samples", limit, "be 0 (all) or more")
         require(bool(self.caption_key), "caption_key", self.caption_key, "name a field")
+        share = self.first_caption_prob
+        require(0 <= share <= 1, "first_caption_prob", share, "lie in [0, 1]")
 
 
 class Dataset:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from diff_dalle.data.batch import BadSample, Batch
+from diff_dalle.data.caption_fields import Captions
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.images import Crop, decode
 from diff_dalle.data.order import Slot
@@ -128,8 +129,9 @@ class Visits(torch.utils.data.Dataset[Arrays]):
         caption = ""
         if self._tokenizer is not None:
             captions = self._dataset.captions_of(raw)
-            drawn = captions.choices[int(draws[_CAPTION] * len(captions.choices))]
-            caption = drawn if self._training else captions.first
+            caption = captions.first
+            if self._training:
+                caption = _drawn(captions, draws[_CAPTION], cfg.first_caption_prob)
         crop = Crop(draws[_CROP], draws[_TOP], draws[_LEFT])
         image[:] = decode(
             raw.image,
@@ -146,3 +148,11 @@ class Visits(torch.utils.data.Dataset[Arrays]):
             return None, None
         tokens, mask = self._tokenizer.encode(captions, self._text_length)
         return tokens.numpy(), mask.numpy()
+
+
+def _drawn(captions: Captions, u: float, first: float) -> str:
+    """The first caption for a share ``first`` of the draws ``u`` in (0, 1), else any of them."""
+    if u < first:
+        return captions.first
+    among = captions.choices
+    return among[int((u - first) / (1 - first) * len(among))]

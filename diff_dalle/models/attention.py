@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diff_dalle.models.layers import GroupNorm, zero_
+from diff_dalle.models.layers import GroupNorm, Positions, zero_
 
 # Added to the score of a padded token. Finite, so that a row that is all padding gives no NaN;
 # inside float16's range; and far enough below any score that its softmax weight is exactly 0.
@@ -69,13 +69,23 @@ class SelfAttention(nn.Module):
         channels: C.
         heads: N, a divisor of ``channels``.
         new_order: the layout of the joint projection, see `split_qkv`.
+        norm_groups: groups of the norm.
+        size: H = W of the feature map of a whole image, to learn its places; None: not told.
     """
 
-    def __init__(self, channels: int, heads: int, new_order: bool) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        new_order: bool,
+        *,
+        norm_groups: int = 32,
+        size: int | None = None,
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.new_order = new_order
-        self.norm = GroupNorm(channels)
+        self.norm = _norm(channels, norm_groups, size)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.project = zero_(nn.Linear(channels, channels))
 
@@ -96,12 +106,22 @@ class CrossAttention(nn.Module):
         channels: C, channels of the image features, which make the queries.
         heads: N, a divisor of ``channels``.
         text_dim: D, width of the text features, which make keys and values.
+        norm_groups: groups of the norm.
+        size: H = W of the feature map of a whole image, to learn its places; None: not told.
     """
 
-    def __init__(self, channels: int, heads: int, text_dim: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        text_dim: int,
+        *,
+        norm_groups: int = 32,
+        size: int | None = None,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = GroupNorm(channels)
+        self.norm = _norm(channels, norm_groups, size)
         self.query = nn.Linear(channels, channels)
         self.key = nn.Linear(text_dim, channels, bias=False)
         self.value = nn.Linear(text_dim, channels, bias=False)
@@ -114,6 +134,12 @@ class CrossAttention(nn.Module):
         value = self.value(text).unflatten(2, (self.heads, -1))
         h = attend(query, key, value, bias)  # [B,HW,C]
         return x + self.project(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def _norm(channels: int, groups: int, size: int | None) -> nn.Module:
+    """What attention reads: normalised features, and where they are."""
+    norm = GroupNorm(channels, groups)
+    return norm if size is None else nn.Sequential(norm, Positions(channels, size))
 
 
 class AttentionPool(nn.Module):

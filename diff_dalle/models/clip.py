@@ -142,7 +142,7 @@ class ImageEncoder(nn.Module):
         self.stem = nn.Conv2d(in_channels * cfg.patch_size**2, cfg.channels(0), 3, padding=1)
         self.down, _ = factory.down_path()
         self.middle = factory.middle()
-        self.norm = GroupNorm(channels)
+        self.norm = GroupNorm(channels, cfg.norm_groups)
         heads = cfg.heads(channels, going_up=False)
         self.pool = AttentionPool(channels, cfg.size(lowest), heads, out_channels)
         channels_last_(self)

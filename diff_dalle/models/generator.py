@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.layers import LevelEmbedding
-from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_mean
+from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_sum
 from diff_dalle.models.unet import UNet, UNetConfig
 
 
@@ -87,6 +87,9 @@ class Generator(nn.Module):
             # Of the size of the encoder's normalised output, whose place it takes.
             self.null_text = nn.Parameter(torch.randn(text.enc_attn_dim))
             self.pooled_text = nn.Linear(text.enc_attn_dim, embedding)
+            # As loud as it can be beside the timestep: blocks read both through one layer, and
+            # text that has to grow first is learned several times later.
+            nn.init.normal_(self.pooled_text.weight, std=2 * text.enc_attn_dim**-0.5)
         self.aug_embed: LevelEmbedding | None = None
         if cfg.small_size and cfg.aug_level_cond:
             self.aug_embed = LevelEmbedding(unet.num_channels, embedding)
@@ -125,7 +128,7 @@ class Generator(nn.Module):
         text, mask, extra = None, None, None
         if self.cfg.cond_text:
             text, mask = self._text_or_null(self.encode(cond))  # [B,L,D], [B,L]
-            extra = self.pooled_text(masked_mean(text, mask))  # [B,E]
+            extra = self.pooled_text(masked_sum(text, mask))  # [B,E]
         enlarged = None
         if cond.low_res is not None:
             # ADM's way, and right for crops: low_res covers what x_t covers.

@@ -73,13 +73,13 @@ class LevelEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu and He 2018) in 32 groups, as ADM.
+    """Group normalisation (Wu and He 2018), in ADM's 32 groups unless told otherwise.
 
-    A width that 32 does not divide gets the largest number of groups that divides both.
+    A width that ``groups`` does not divide gets the largest number that divides both.
     """
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(math.gcd(32, channels), channels)
+    def __init__(self, channels: int, groups: int = 32) -> None:
+        super().__init__(math.gcd(groups, channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B,C,H,W] -> [B,C,H,W] in the dtype of ``x``."""
@@ -90,6 +90,29 @@ class GroupNorm(nn.GroupNorm):
         with torch.autocast(x.device.type, enabled=False):
             weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
             return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class Positions(nn.Module):
+    """A learned vector for every place of a feature map, added to it.
+
+    Convolutions see where they are only at the padding; attention does not see it at all.
+
+    Args:
+        channels: C.
+        size: H = W of the feature map of a whole image.
+    """
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        # Half as large as the normalised features it is added to: heard from the first step.
+        self.table = nn.Parameter(0.5 * torch.randn(1, channels, size, size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B,C,H,W] -> [B,C,H,W]; for another size than the learned one, stretched to it."""
+        table = self.table.to(x.dtype)
+        if table.shape[2:] != x.shape[2:]:
+            table = F.interpolate(table, x.shape[2:], mode="bilinear")
+        return x + table
 
 
 class Upsample(nn.Module):
@@ -144,6 +167,7 @@ class ResBlock(nn.Module):
         scale_shift: the embedding scales and shifts the second norm; else it is added before.
         resample: "up" or "down" doubles or halves the size, between the first norm and
             convolution and on the skip; None keeps it.
+        norm_groups: groups of both norms.
     """
 
     def __init__(
@@ -155,14 +179,15 @@ class ResBlock(nn.Module):
         dropout: float,
         scale_shift: bool,
         resample: str | None = None,
+        norm_groups: int = 32,
     ) -> None:
         super().__init__()
         self.scale_shift = scale_shift
         self.resample = _RESAMPLE[resample]
-        self.norm_in = GroupNorm(channels)
+        self.norm_in = GroupNorm(channels, norm_groups)
         self.conv_in = nn.Conv2d(channels, out_channels, 3, padding=1)
         self.embed = nn.Linear(embedding, 2 * out_channels if scale_shift else out_channels)
-        self.norm_out = GroupNorm(out_channels)
+        self.norm_out = GroupNorm(out_channels, norm_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv_out = zero_(nn.Conv2d(out_channels, out_channels, 3, padding=1))
         same = channels == out_channels

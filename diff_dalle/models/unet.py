@@ -59,10 +59,13 @@ class UNetConfig:
     use_checkpoint: bool = knob(False, "recompute norms and activations to save memory")
     patch_size: int = knob(1, "pixels a side folded into channels at the stem; 1: none")
     middle_attention: bool = knob(True, "attention at the lowest resolution, between the paths")
+    norm_groups: int = knob(32, "groups of every norm; fewer than the channels / 4 when narrow")
+    attention_positions: bool = knob(False, "tell every attention the place, by learned vectors")
 
     def __post_init__(self) -> None:
         for name in ("image_size", "num_channels", "num_res_blocks", "patch_size", "num_heads"):
             require(getattr(self, name) > 0, name, getattr(self, name), "be positive")
+        require(self.norm_groups > 0, "norm_groups", self.norm_groups, "be positive")
         for name in ("num_head_channels", "num_heads_upsample"):
             value = getattr(self, name)
             require(value == -1 or value > 0, name, value, "be positive, or -1")
@@ -146,6 +149,7 @@ class BlockFactory:
             dropout=self.cfg.resolved_dropout,
             scale_shift=self.cfg.use_scale_shift_norm,
             resample=resample,
+            norm_groups=self.cfg.norm_groups,
         )
 
     def block(
@@ -162,9 +166,11 @@ class BlockFactory:
         own, cross = None, None
         if attention:
             heads = self.cfg.heads(out, going_up=going_up)
-            own = SelfAttention(out, heads, self.cfg.use_new_attention_order)
+            size = self.cfg.size(level) if self.cfg.attention_positions else None
+            groups, order = self.cfg.norm_groups, self.cfg.use_new_attention_order
+            own = SelfAttention(out, heads, order, norm_groups=groups, size=size)
             if self.text_dim is not None:
-                cross = CrossAttention(out, heads, self.text_dim)
+                cross = CrossAttention(out, heads, self.text_dim, norm_groups=groups, size=size)
         return Block(
             res=self.res(channels, out),
             attention=own,
@@ -258,7 +264,7 @@ class UNet(nn.Module):
         self.down, skips = factory.down_path()
         self.middle = factory.middle()
         self.up = factory.up_path(skips)
-        self.norm = GroupNorm(width)
+        self.norm = GroupNorm(width, cfg.norm_groups)
         self.head = zero_(nn.Conv2d(width, out_channels * area, 3, padding=1))
         channels_last_(self)
 

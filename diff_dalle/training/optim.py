@@ -153,8 +153,8 @@ class Optimizers:
                 group.update(knobs)
 
 
-def make_optimizer(module: nn.Module, cfg: OptimConfig) -> Optimizers:
-    """The optimizer of a model.
+def make_optimizer(module: nn.Module, cfg: OptimConfig, world: World | None = None) -> Optimizers:
+    """The optimizer of a model; ``world`` shares Muon's work among ranks of equal gradients.
 
     The weights of linear layers and convolutions are matrices: they decay, and ``muon``
     moves them. Everything else (biases, norms, embeddings, lone parameters) neither decays
@@ -170,7 +170,7 @@ def make_optimizer(module: nn.Module, cfg: OptimConfig) -> Optimizers:
         by_muon = [p for p in matrices if id(p) not in edges]
         by_adam = [p for p in matrices if id(p) in edges]
         if by_muon:
-            parts["muon"] = Muon(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay)
+            parts["muon"] = Muon(by_muon, lr=cfg.lr, weight_decay=cfg.weight_decay, world=world)
     groups = [
         {"params": by_adam, "weight_decay": cfg.weight_decay},
         {"params": rest, "weight_decay": 0.0},

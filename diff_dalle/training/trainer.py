@@ -66,7 +66,7 @@ class Trainer:
         self.record = record
         self.world = world
         self.ema = EMA(task.model, cfg.ema_rate)
-        self.optimizer = make_optimizer(task.model, optim)
+        self.optimizer = make_optimizer(task.model, optim, world)
         self.guard = GuardedStep(self.optimizer, task.precision, optim, world)
         self.held_out = HeldOut(task, self.ema, data.val) if data.val else None
         self.meter = Meter(world.device)

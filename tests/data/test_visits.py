@@ -107,6 +107,12 @@ def test_flips_crops_and_captions_vary_between_epochs(tmp_path: Path, pack_many)
     captions = Counter(text_of(batch, row) for row in range(400))
     assert set(captions) == {f"sample {key}", f"{key} again", f"{key} 세 번"}
     assert 90 < min(captions.values())  # 133 expected
+    batch = visit(tmp_path, slots, first_caption_prob=0.7)
+    captions = Counter(text_of(batch, row) for row in range(400))
+    assert set(captions) == {f"sample {key}", f"{key} again", f"{key} 세 번"}
+    assert 290 < captions[f"sample {key}"] < 350  # 320 expected
+    batch = visit(tmp_path, slots, first_caption_prob=1.0)
+    assert {text_of(batch, row) for row in range(400)} == {f"sample {key}"}
 
 
 def test_an_evaluation_varies_nothing(tmp_path: Path, pack_many) -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from diff_dalle.models.layers import (
     Downsample,
     GroupNorm,
+    Positions,
     ResBlock,
     Upsample,
     double,
@@ -42,6 +43,22 @@ def test_group_norm_has_32_groups_or_as_many_as_fit(channels: int, groups: int) 
     grouped = norm(x).view(2, groups, -1)
     assert torch.allclose(grouped.mean(2), torch.zeros(2, groups), atol=1e-5)
     assert torch.allclose(grouped.var(2, correction=0), torch.ones(2, groups), atol=1e-3)
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(64, 8), (12, 4), (7, 1)])
+def test_group_norm_has_as_many_groups_as_asked_or_fit(channels: int, groups: int) -> None:
+    assert GroupNorm(channels, 8).num_groups == groups
+
+
+def test_positions_are_added_and_stretch_to_other_sizes() -> None:
+    positions = Positions(3, 4)
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(positions(x) - x, (x + positions.table) - x)
+    with torch.no_grad():
+        positions.table.copy_(torch.arange(4.0).expand(1, 3, 4, 4))  # the column's number
+    wide = positions(torch.zeros(1, 3, 2, 8))
+    assert torch.allclose(wide[0, 0, 0], torch.arange(8) / 2 - 0.25, atol=0.26)  # edges are held
+    assert torch.equal(wide[0, 0, 0], wide[0, 2, 1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

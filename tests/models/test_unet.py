@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import nn
 
 from diff_dalle.errors import UsageError
 from diff_dalle.models.cost import count_parameters
+from diff_dalle.models.layers import GroupNorm, Positions
 from diff_dalle.models.unet import UNet, UNetConfig
 
+Perturb = Callable[[nn.Module], nn.Module]
 SMALL = {
     "image_size": 32,
     "num_channels": 16,
@@ -37,6 +42,34 @@ def test_parameters_of_adm(flags: dict[str, int], in_channels: int, parameters: 
     with torch.device("meta"):
         model = UNet(UNetConfig(**flags), in_channels=in_channels)
     assert count_parameters(model) == parameters
+
+
+def _sees_places(perturb: Perturb, **flags: object) -> bool:
+    """Whether a flat feature map far from every edge leaves attention with any structure."""
+    attention = perturb(_unet(8, **flags)).down[2]
+    for part in attention.modules():
+        if isinstance(part, Positions):
+            nn.init.normal_(part.table)
+    flat = torch.ones(1, 32, 16, 16)
+    text = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    own, cross = attention.attention(flat), attention.cross(flat, text, None)
+    return all(out.std(dim=(2, 3)).max().item() > 1e-3 for out in (own, cross))
+
+
+def test_attention_is_told_the_place_where_asked(perturb: Perturb) -> None:
+    assert not _sees_places(perturb)
+    assert _sees_places(perturb, attention_positions=True)
+    x, t = torch.randn(2, 3, 16, 48), torch.tensor([10.0, 500.0])  # another size than trained on
+    model = perturb(_unet(attention_positions=True))
+    assert model(x, t).shape == (2, 6, 16, 48)
+
+
+def test_all_norms_have_the_groups_that_were_asked_for() -> None:
+    for groups in (4, 32):
+        norms = [m for m in _unet(8, norm_groups=groups).modules() if isinstance(m, GroupNorm)]
+        assert len(norms) > 10
+        assert {m.num_groups for m in norms} <= {groups, 16}  # 16 channels have at most 16
+        assert groups in {m.num_groups for m in norms}
 
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512, 1024])
@@ -183,6 +216,7 @@ def test_float64_is_kept_from_end_to_end(perturb) -> None:  # type: ignore[no-un
         ({"num_head_channels": 7}, "--num_head_channels is 7: it must divide the 32 channels"),
         ({"num_head_channels": -1, "num_heads": 5}, "--num_heads is 5: it must divide the 32"),
         ({"num_head_channels": 0}, "--num_head_channels is 0"),
+        ({"norm_groups": 0}, "--norm_groups is 0: it must be positive"),
         ({"attention_resolutions": (0,)}, "--attention_resolutions is"),
     ],
 )

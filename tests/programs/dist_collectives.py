@@ -160,7 +160,7 @@ def two_ranks_equal_one(world: World, found: Found) -> None:
     def trained(inputs: Tensor, targets: Tensor, among: World) -> list[Tensor]:
         torch.manual_seed(5)
         model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 6)).double()
-        optimizer = make_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon"))
+        optimizer = make_optimizer(model, OptimConfig(lr=1e-2, optimizer="muon"), among)
         for _ in range(5):
             optimizer.zero_grad()
             ((model(inputs) - targets) ** 2).mean().backward()

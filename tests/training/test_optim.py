@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
-from diff_dalle.training.muon import Muon, orthogonalise
+from diff_dalle.training.muon import Muon, orthogonalise, share_out
 from diff_dalle.training.optim import (
     GuardedStep,
     OptimConfig,
@@ -168,6 +168,15 @@ def test_the_size_of_muons_step_is_like_adamws() -> None:
     p.grad = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     Muon([p], lr=1.0).step()
     assert 0.15 < float(p.detach().pow(2).mean().sqrt()) < 0.25  # Liu et al. 2025: 0.2
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+def test_work_is_shared_out_evenly(ranks: int) -> None:
+    costs = [9.0, 1.0, 4.0, 4.0, 2.0, 7.0, 3.0]
+    owners = share_out(costs, ranks)
+    work = [sum(c for c, o in zip(costs, owners, strict=True) if o == r) for r in range(ranks)]
+    assert sum(work) == sum(costs)
+    assert max(work) <= max(9.0, 4 / 3 * sum(costs) / ranks)  # Graham 1969
 
 
 def test_muon_takes_no_vectors() -> None:
