@@ -71,6 +71,11 @@ class GeneratorRun:
         """Height and width in pixels of what the generator makes."""
         return self.unet.image_size
 
+    @property
+    def captions(self) -> TextEncoderConfig | None:
+        """What reads the captions; None for a run without them."""
+        return self.text if self.generator.cond_text else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassifierRun:
@@ -87,10 +92,20 @@ class ClassifierRun:
 
     kind = "classifier"
 
+    def __post_init__(self) -> None:
+        stop = self.task.stop_early
+        must = "go with --val_data_dir: it counts evaluations of held-out data"
+        require(stop == 0 or bool(self.data.val_data_dir), "stop_early", stop, must)
+
     @property
     def image_size(self) -> int:
         """Height and width in pixels of the images that the CLIP sees."""
         return self.clip.image_size
+
+    @property
+    def captions(self) -> TextEncoderConfig:
+        """What reads the captions."""
+        return self.clip.text_half()
 
 
 Run = TypeVar("Run", GeneratorRun, ClassifierRun)
@@ -275,9 +290,13 @@ def make_classifier(run: ClassifierRun) -> NoisyCLIP:
 
 
 def make_record(run: GeneratorRun | ClassifierRun, data: RunData) -> RunRecord:
-    """What checkpoints and the run folder remember of a run."""
+    """What checkpoints and the run folder remember of a run.
+
+    The noise schedule is remembered by name, so that ``auto`` and the name it stands for agree.
+    """
+    schedule = run.process.resolve(run.image_size)
     return RunRecord(
-        config=to_flat(run),
+        config={**to_flat(run), "noise_schedule": schedule},
         shaping=frozenset(shaping_fields()),
         tokenizer_json=data.tokenizer.to_json() if data.tokenizer else None,
         data=data.fingerprint,

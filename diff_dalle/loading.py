@@ -56,14 +56,10 @@ def load_generator(path: str, device: torch.device | str = "cpu") -> LoadedGener
     Raises:
         UsageError: the file is no checkpoint, is damaged, or holds a CLIP.
     """
-    checkpoint = load_weights(path)
-    if checkpoint.kind != GeneratorRun.kind:
-        raise UsageError(
-            f"{path} holds a {checkpoint.kind}, not a generator: give it as --classifier_path"
-        )
+    checkpoint = _read(path, GeneratorRun.kind, hint="give it as --classifier_path")
     run = from_flat(GeneratorRun, checkpoint.config)
     generator = Generator(run.generator, run.unet, run.text)
-    _load_state(generator, checkpoint, path)
+    _fill(generator, checkpoint, path)
     return LoadedGenerator(
         generator=generator.to(device).eval().requires_grad_(False),
         diffusion=make_diffusion(run),
@@ -79,17 +75,13 @@ def load_classifier(path: str, device: torch.device | str = "cpu") -> LoadedClas
     Raises:
         UsageError: the file is no checkpoint, is damaged, or holds a generator.
     """
-    checkpoint = load_weights(path)
-    if checkpoint.kind != ClassifierRun.kind:
-        raise UsageError(
-            f"{path} holds a {checkpoint.kind}, not a classifier: give it as --model_path"
-        )
-    run = from_flat(ClassifierRun, checkpoint.config)
-    clip = NoisyCLIP(run.clip)
-    _load_state(clip, checkpoint, path)
+    checkpoint = _read(path, ClassifierRun.kind, hint="give it as --model_path")
     tokenizer = _tokenizer(checkpoint)
     if tokenizer is None:
         raise UsageError(f"{path} carries no tokenizer: it is damaged, train the CLIP again")
+    run = from_flat(ClassifierRun, checkpoint.config)
+    clip = NoisyCLIP(run.clip)
+    _fill(clip, checkpoint, path)
     return LoadedClassifier(
         clip=clip.to(device).eval().requires_grad_(False),
         diffusion=make_diffusion(run),
@@ -137,7 +129,15 @@ def _compare(stated: Mapping[str, Any], stage: LoadedGenerator | LoadedClassifie
             )
 
 
-def _load_state(module: torch.nn.Module, checkpoint: Checkpoint, path: str) -> None:
+def _read(path: str, kind: str, *, hint: str) -> Checkpoint:
+    """The checkpoint in a file, if it is of that kind; else the error says the ``hint``."""
+    checkpoint = load_weights(path)
+    if checkpoint.kind != kind:
+        raise UsageError(f"{path} holds a {checkpoint.kind}, not a {kind}: {hint}")
+    return checkpoint
+
+
+def _fill(module: torch.nn.Module, checkpoint: Checkpoint, path: str) -> None:
     try:
         module.load_state_dict(checkpoint.state_dict)
     except RuntimeError as problem:

@@ -24,13 +24,7 @@ def train_classifier(argv: list[str]) -> None:
     run = parse_run(ClassifierRun, argv)
     world = start(run.train.device)
     data = open_run_data(
-        run.data,
-        run.train,
-        image_size=run.image_size,
-        text_length=run.clip.text_length,
-        vocab_size=run.clip.vocab_size,
-        with_text=True,
-        world=world,
+        run.data, run.train, image_size=run.image_size, text=run.captions, world=world
     )
     run = with_vocabulary(run, data)
     clip = make_classifier(run).to(world.device)

@@ -25,13 +25,7 @@ def train_generator(argv: list[str]) -> None:
     run = parse_run(GeneratorRun, argv)
     world = start(run.train.device)
     data = open_run_data(
-        run.data,
-        run.train,
-        image_size=run.image_size,
-        text_length=run.text.text_length,
-        vocab_size=run.text.vocab_size,
-        with_text=run.generator.cond_text,
-        world=world,
+        run.data, run.train, image_size=run.image_size, text=run.captions, world=world
     )
     run = with_vocabulary(run, data)
     generator = make_generator(run).to(world.device)

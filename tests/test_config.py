@@ -10,6 +10,7 @@ from diff_dalle.config import (
     ClassifierRun,
     GeneratorRun,
     from_flat,
+    make_record,
     parse_run,
     parse_sample_run,
     shaping_fields,
@@ -17,6 +18,8 @@ from diff_dalle.config import (
 )
 from diff_dalle.errors import UsageError
 from diff_dalle.presets import PRESETS
+from diff_dalle.training.run_data import RunData
+from diff_dalle.training.trainer import Data
 
 README_GENERATOR = (
     "--data_dir path/to/images --image_size 64 --num_channels 128 --num_res_blocks 2 "
@@ -119,6 +122,22 @@ def test_wrong_values_stop_in_one_line(argv, message) -> None:
     with pytest.raises(UsageError) as caught:
         parse_run(GeneratorRun, argv)
     assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_stopping_early_needs_held_out_data() -> None:
+    with pytest.raises(UsageError, match="--stop_early is 3: it must go with --val_data_dir"):
+        parse_run(ClassifierRun, ["--stop_early", "3"])
+    assert parse_run(ClassifierRun, ["--stop_early", "3", "--val_data_dir", "d"]).task.stop_early
+
+
+def test_auto_and_the_schedule_it_stands_for_are_one_run() -> None:
+    data = RunData(batches=Data(train=iter), tokenizer=None, fingerprint="f")
+    runs = [
+        parse_run(GeneratorRun, ["--image_size", "64", *flags])
+        for flags in ([], ["--noise_schedule", "cosine"])
+    ]
+    first, second = (make_record(run, data) for run in runs)
+    assert first == second and first.config["noise_schedule"] == "cosine"
 
 
 def test_preset_then_file_then_flags(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diff_dalle.cascade.plan import Plan, StagePlan
 from diff_dalle.cascade.stages import Guide, Stage
-from diff_dalle.diffusion.guidance import similarity_gradient
+from diff_dalle.diffusion.guidance import similarity_gradient, time_of_other_process
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.models.low_res import downsample
@@ -138,11 +138,7 @@ class Drawing:
             return None
         clip, clip_process = stage.guide.loaded.clip, stage.guide.loaded.diffusion
         process = stage.loaded.diffusion.respace(plan.settings.timestep_respacing)
-
-        def to_model_time(t: Tensor) -> Tensor:
-            """The CLIP's own time at its noise level nearest to the generator's at t [B]."""
-            nearest = clip_process.nearest_step(process.alpha_bar[t.cpu()])
-            return clip_process.model_time(nearest.to(t.device))
+        to_model_time = time_of_other_process(process, clip_process)
 
         def encode_image(x_t: Tensor, time: Tensor) -> Tensor:
             with torch.autocast(x_t.device.type, enabled=False):  # fp16 gradients would vanish

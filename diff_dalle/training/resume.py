@@ -33,7 +33,6 @@ from diff_dalle.training.files import publish, write_aside
 from diff_dalle.training.train_config import TrainConfig
 
 TOKENIZER_FILE = "tokenizer.json"
-TOKENIZER_FILE = "tokenizer.json"
 _SHOWN = 5
 _TOKENIZER, _DATA = "tokenizer_sha256", "data"
 _FIXED = ("seed", "ema_rate", "max_train_samples")  # beside what shapes weights and process

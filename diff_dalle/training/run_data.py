@@ -17,6 +17,7 @@ from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.distributed import World, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
+from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.training.checkpoints import load_weights
 from diff_dalle.training.resume import TOKENIZER_FILE
 from diff_dalle.training.train_config import TrainConfig
@@ -46,9 +47,7 @@ def open_run_data(
     train: TrainConfig,
     *,
     image_size: int,
-    text_length: int,
-    vocab_size: int,
-    with_text: bool,
+    text: TextEncoderConfig | None,
     world: World,
 ) -> RunData:
     """Open the training and the held-out shards (a collective).
@@ -57,9 +56,8 @@ def open_run_data(
         cfg: where the data are.
         train: seed, batch size and run folder.
         image_size: H = W of the images in a batch, in pixels.
-        text_length: L, tokens of a caption.
-        vocab_size: of a tokenizer that has to be trained, 0 for 8192; any other must agree.
-        with_text: whether the run reads captions.
+        text: what reads the captions, None for a run without them. Its ``vocab_size`` is that of
+            a tokenizer that has to be trained, 0 for 8192; any other tokenizer must agree.
         world: the ranks.
     Raises:
         UsageError: no usable shards, or a tokenizer of another size.
@@ -67,12 +65,19 @@ def open_run_data(
 
     def opened(split: str) -> Dataset:
         return open_data(
-            cfg, split=split, image_size=image_size, with_text=with_text, seed=train.seed
+            cfg,
+            split=split,
+            image_size=image_size,
+            with_text=text is not None,
+            seed=train.seed,
         )
 
     dataset = opened("train")
     held_out = opened("val") if cfg.val_data_dir else None
-    tokenizer = choose_tokenizer(cfg, train, dataset, vocab_size, world) if with_text else None
+    tokenizer, text_length = None, 0
+    if text is not None:
+        tokenizer = choose_tokenizer(cfg, train, dataset, text.vocab_size, world)
+        text_length = text.text_length
 
     def training(start_sample: int) -> Iterator[Batch]:
         return train_batches(
