@@ -42,6 +42,7 @@ setup(
         "mpi4py>=4",
         "webdataset",
         "blobfile",
+        "braceexpand",
         "transformers>=5",
         "tokenizers",
         "pillow",

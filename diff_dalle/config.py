@@ -1,21 +1,17 @@
 """Run configurations: what a command was asked to do, as one object.
 
 A knob is a field of the dataclass above the class that reads it. This module composes those
-dataclasses into runs, makes their flags, and turns a run into the flat dictionary that
-checkpoints and ``config.json`` carry and back. ``--preset``, ``--config`` and flags override
-in that order. It is the only place that makes flags.
+dataclasses into runs, and turns a run into the flat dictionary that checkpoints and
+``config.json`` carry and back.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,12 +20,12 @@ from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import ProcessConfig, Schedule
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import Floats, Ints, nearest, require
+from diff_dalle.flags import Parser, parse_with_sources
+from diff_dalle.knobs import Floats, Ints, require
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
 from diff_dalle.models.generator import Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
-from diff_dalle.presets import PRESETS
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.training.classifier_task import ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTaskConfig
@@ -65,6 +61,7 @@ class GeneratorRun:
         sensible = not residual or (small > 0 and self.process.resolved_prediction == "x0")
         must = "go with an upsampler (--small_size) and --prediction x0"
         require(sensible, "low_res_residual", residual, must)
+        _check_rate(self.optim, self.train)
 
     @property
     def image_size(self) -> int:
@@ -96,6 +93,7 @@ class ClassifierRun:
         stop = self.task.stop_early
         must = "go with --val_data_dir: it counts evaluations of held-out data"
         require(stop == 0 or bool(self.data.val_data_dir), "stop_early", stop, must)
+        _check_rate(self.optim, self.train)
 
     @property
     def image_size(self) -> int:
@@ -106,6 +104,13 @@ class ClassifierRun:
     def captions(self) -> TextEncoderConfig:
         """What reads the captions."""
         return self.clip.text_half()
+
+
+def _check_rate(optim: OptimConfig, train: TrainConfig) -> None:
+    """Refuse to train on at a rate of 0."""
+    last = optim.lr_anneal_steps
+    must = f"reach --iterations: the rate would be 0 from there on (or give --iterations {last})"
+    require(last == 0 or last >= train.iterations, "lr_anneal_steps", last, must)
 
 
 Run = TypeVar("Run", GeneratorRun, ClassifierRun)
@@ -122,81 +127,10 @@ def shaping_fields() -> set[str]:
     return names - _RUN_TIME
 
 
-class Parser:
-    """argparse flags from dataclass fields, through transformers' `HfArgumentParser`."""
-
-    def __init__(self, sections: Iterable[type], *, optional: Iterable[type] = ()):
-        """Flags for the fields of ``sections``; those of ``optional`` count only where given."""
-        from transformers import HfArgumentParser  # 1 s to import, needed by commands only
-
-        class OneLine(HfArgumentParser):
-            def error(self, message: str) -> NoReturn:
-                raise UsageError(message)
-
-        sections = list(sections)
-        taken = {field.name for section in sections for field in dataclasses.fields(section)}
-        stated = _merged(optional, without=taken)
-        types: list[Any] = [*sections, stated]
-        self._parser = OneLine(types, allow_abbrev=False)
-        self._actions = {action.dest: action for action in self._parser._actions}
-        names = {field.name for field in dataclasses.fields(stated)}
-        for action in self._parser._actions:  # a boolean has two: --flag and --no_flag
-            if action.dest in names:
-                action.default = argparse.SUPPRESS
-
-    @property
-    def names(self) -> list[str]:
-        """The names of all flags, without the dashes."""
-        flags = [text for action in self._actions.values() for text in action.option_strings]
-        return [text[2:] for text in flags if text.startswith("--")]
-
-    def set_defaults(self, values: Mapping[str, Any], source: str) -> None:
-        """Replace defaults by ``values`` of a preset or a file, refusing unknown keys."""
-        for name, value in values.items():
-            if name not in self._actions:
-                raise UsageError(f"{source} has no such key: {name}{nearest(name, self.names)}")
-            action = self._actions[name]
-            if isinstance(value, str) and callable(action.type):
-                value = action.type(value)
-            self._parser.set_defaults(**{name: value})
-
-    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The values of all flags.
-
-        Raises:
-            UsageError: an unknown flag (naming the nearest known one) or a wrong value.
-        """
-        values, unknown = self.parse_known(argv)
-        if unknown:
-            flag = unknown[0].split("=")[0]
-            matches = difflib.get_close_matches(flag, [f"--{n}" for n in self.names], n=1)
-            hint = f"; did you mean {matches[0]}?" if matches else "; see --help"
-            raise UsageError(f"unknown argument {unknown[0]}{hint}")
-        return values
-
-    def parse_known(self, argv: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-        """The values of all flags, and the arguments that are none of them."""
-        namespace, unknown = self._parser.parse_known_args(list(argv))
-        return vars(namespace), unknown
-
-
 def parse_run(run_class: type[Run], argv: Sequence[str]) -> Run:
     """The run that a command line asks for: defaults, ``--preset``, ``--config``, flags."""
-    source = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    source.add_argument("--preset")
-    source.add_argument("--config")
-    chosen, rest = source.parse_known_args(list(argv))
-    parser = Parser(_sections(run_class).values())
-    if chosen.preset is not None:
-        parser.set_defaults(preset_values(chosen.preset, run_class.kind), chosen.preset)
-    if chosen.config is not None:
-        parser.set_defaults(read_config_file(chosen.config), chosen.config)
-    return from_flat(run_class, parser.parse(rest))
-
-
-def parse_section(section: type[Section], argv: Sequence[str]) -> Section:
-    """One configuration class from a command line of its flags alone."""
-    return section(**Parser([section]).parse(argv))
+    sections = list(_sections(run_class).values())
+    return from_flat(run_class, parse_with_sources(sections, argv, run_class.kind))
 
 
 def parse_section_and_run(
@@ -205,29 +139,6 @@ def parse_section_and_run(
     """A configuration class of a command's own, and the run that the other flags describe."""
     values, rest = Parser([section]).parse_known(argv)
     return section(**values), parse_run(run_class, rest)
-
-
-def preset_values(name: str, kind: str) -> dict[str, Any]:
-    """The flags of a preset, which must be one for this kind of run."""
-    names = [preset for preset, (owner, _) in PRESETS.items() if owner == kind]
-    if name not in names:
-        hint = nearest(name, names) or f"; there are {', '.join(names)}"
-        raise UsageError(f"--preset {name} is no {kind} preset{hint}")
-    return dict(PRESETS[name][1])
-
-
-def read_config_file(path: str) -> dict[str, Any]:
-    """The flat table of flag names and values in a YAML file."""
-    import yaml
-
-    try:
-        table = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise UsageError(f"--config {path} cannot be read: {reason}") from problem
-    if not isinstance(table, dict):
-        raise UsageError(f"--config {path} must be a table of flag names and values")
-    return {str(name): value for name, value in table.items()}
 
 
 def to_flat(run: GeneratorRun | ClassifierRun) -> dict[str, Any]:
@@ -241,7 +152,7 @@ def to_flat(run: GeneratorRun | ClassifierRun) -> dict[str, Any]:
 
 
 def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
-    """The run of a flat dictionary; what it does not name has its default.
+    """The run of a flat dictionary, in its `canonical` spelling; defaults for what is not named.
 
     Raises:
         UsageError: a key that no section knows, or a value that a section refuses.
@@ -259,7 +170,23 @@ def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
         raise UsageError(
             f"the configuration has keys unknown to this version: {', '.join(sorted(left)[:5])}"
         )
-    return run_class(**sections)
+    return canonical(run_class(**sections))
+
+
+def canonical(run: Run) -> Run:
+    """The same run with one spelling for what can be asked for in several ways."""
+    process = dataclasses.replace(
+        run.process,
+        noise_schedule=run.process.resolve(run.image_size),
+        prediction=run.process.resolved_prediction,
+        predict_xstart=False,
+    )
+    if isinstance(run, GeneratorRun):
+        unet = dataclasses.replace(run.unet, channel_mult=run.unet.resolved_channel_mult)
+        return dataclasses.replace(run, process=process, unet=unet)
+    mult = run.clip.image_half().resolved_channel_mult
+    clip = dataclasses.replace(run.clip, classifier_channel_mult=mult)
+    return dataclasses.replace(run, process=process, clip=clip)
 
 
 def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
@@ -270,8 +197,8 @@ def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
         learned = False
     fixed = "fixed_small" if run.process.sigma_small else "fixed_large"
     return GaussianDiffusion(
-        Schedule.make(run.process.resolve(run.image_size), run.process.diffusion_steps),
-        prediction=run.process.resolved_prediction,
+        Schedule.make(run.process.noise_schedule, run.process.diffusion_steps),
+        prediction=run.process.prediction,
         variance="learned_range" if learned else fixed,
         rescale_timesteps=run.process.rescale_timesteps,
     )
@@ -290,13 +217,10 @@ def make_classifier(run: ClassifierRun) -> NoisyCLIP:
 
 
 def make_record(run: GeneratorRun | ClassifierRun, data: RunData) -> RunRecord:
-    """What checkpoints and the run folder remember of a run.
-
-    The noise schedule is remembered by name, so that ``auto`` and the name it stands for agree.
-    """
-    schedule = run.process.resolve(run.image_size)
+    """What checkpoints and the run folder remember of a run."""
     return RunRecord(
-        config={**to_flat(run), "noise_schedule": schedule},
+        config=to_flat(run),
+        defaults=_defaults(type(run)),
         shaping=frozenset(shaping_fields()),
         tokenizer_json=data.tokenizer.to_json() if data.tokenizer else None,
         data=data.fingerprint,
@@ -330,21 +254,19 @@ def parse_sample_run(argv: Sequence[str]) -> SampleRun:
     return SampleRun(sample=sample, stated=stated)
 
 
+def _defaults(run_class: type) -> dict[str, Any]:
+    """The default of every flag, as `to_flat` writes it."""
+    return {
+        field.name: list(field.default) if isinstance(field.default, tuple) else field.default
+        for section in _sections(run_class).values()
+        for field in dataclasses.fields(section)
+        if field.default is not dataclasses.MISSING
+    }
+
+
 def _sections(run_class: type) -> dict[str, type]:
     hints = typing.get_type_hints(run_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(run_class)}
-
-
-def _merged(sections: Iterable[type], without: set[str]) -> type:
-    """One dataclass with the fields of several, each name once."""
-    fields: dict[str, tuple[str, Any, Any]] = {}
-    for section in sections:
-        hints = typing.get_type_hints(section)
-        for field in dataclasses.fields(section):
-            if field.name not in without:
-                copy = dataclasses.field(default=field.default, metadata=field.metadata)
-                fields.setdefault(field.name, (field.name, hints[field.name], copy))
-    return dataclasses.make_dataclass("Stated", list(fields.values()), kw_only=True)
 
 
 def _tuple_fields(section: type) -> set[str]:

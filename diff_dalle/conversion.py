@@ -36,6 +36,8 @@ def convert_file(cfg: ConvertConfig, run: GeneratorRun) -> int:
     Raises:
         UsageError: the source is no state dict, or does not fit the architecture.
     """
+    if Path(cfg.out_path).exists():
+        raise UsageError(f"--out_path {cfg.out_path} exists: name a new file")
     state_dict = read_state_dict(cfg.source)
     with torch.device("meta"):
         generator = make_generator(run)

@@ -116,16 +116,15 @@ def check_stated(
 
 def _compare(stated: Mapping[str, Any], stage: LoadedGenerator | LoadedClassifier) -> None:
     known = to_flat(stage.run)
-    process = stage.run.process
-    known["noise_schedule"] = process.resolve(stage.run.image_size)
-    for name, value in stated.items():
-        if name not in known or name not in shaping_fields():
-            continue
-        given = list(value) if isinstance(value, tuple) else value
-        if given != known[name] and given != "auto":
+    shaping = shaping_fields() & known.keys()
+    overlaid = {name: value for name, value in stated.items() if name in shaping}
+    run_class: type[Any] = type(stage.run)
+    given = to_flat(from_flat(run_class, {**known, **overlaid}))
+    for name in sorted(shaping):
+        if given[name] != known[name]:
             raise UsageError(
-                f"--{name} is {given}, but the {stage.run.kind} of {stage.run.image_size} px "
-                f"was trained with {known[name]}: leave the flag out"
+                f"--{name} is {given[name]}, but the {stage.run.kind} of "
+                f"{stage.run.image_size} px was trained with {known[name]}: leave the flag out"
             )
 
 

@@ -53,6 +53,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "schedule_sampler": "logsnr-normal",
             "logsnr_mean": -3.0,
             "logsnr_std": 2.0,
+            "lr": 3e-3,
         },
     ),
     "tiny-256": (

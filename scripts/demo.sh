@@ -3,7 +3,8 @@
 # generators and a noised CLIP train for a short while under mpiexec, and four prompts grow
 # 64 -> 256 -> 1024. Run by `make demo`; everything lies under runs/demo and data/.
 set -euo pipefail
-RANKS=${RANKS:-2}
+# Two ranks, or one where there is one GPU: two ranks on one GPU are refused.
+RANKS=${RANKS:-$(python -c 'import torch; print(min(torch.cuda.device_count(), 2) or 2)')}
 DATA=${DATA:-data/demo}
 RUNS=${RUNS:-runs/demo/cascade}
 train() {
@@ -16,7 +17,7 @@ python scripts/make_demo_data.py --source shapes --out_dir "$DATA/1024" \
     --num_train 300 --num_val 40 --image_size 1024 --seed 1 --num_workers "$RANKS"
 SMALL="--data_dir $DATA/256/train --val_data_dir $DATA/256/val"
 LARGE="--data_dir $DATA/1024/train --val_data_dir $DATA/1024/val"
-train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" \
+train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" --first_caption_prob 0.5 \
     --iterations 350 --log_interval 50 --eval_interval 175 --save_interval 350
 train train_classifier --preset tiny-clip $SMALL --log_dir "$RUNS/clip" --batch_size 32 \
     --iterations 200 --log_interval 50 --eval_interval 100 --save_interval 200
@@ -30,4 +31,4 @@ mpiexec -n "$RANKS" python scripts/sample.py --model_path "$RUNS" \
     --steps 50 12 6 --grid_size 2048 --log_dir runs/demo/samples --prompts \
     "a large red circle in the centre of a white background" "하늘색 배경의 큰 노란 별" \
     "a small green square left of a large purple circle" "a large orange cross on a navy background"
-echo; echo "the pictures: open runs/demo/samples/grid.jpg"
+echo; echo "the pictures: open $(ls -t runs/demo/samples/grid*.jpg | head -n 1)"

@@ -12,9 +12,9 @@ python scripts/evaluate_shapes.py --images out/samples_256x64x64x3.npz \
 
 from __future__ import annotations
 
-from diff_dalle.config import Parser
 from diff_dalle.distributed import run_main
 from diff_dalle.evaluation.shapes_run import ShapesConfig, evaluate_shapes
+from diff_dalle.flags import Parser
 
 
 def evaluate(argv: list[str]) -> None:

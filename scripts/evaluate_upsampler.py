@@ -5,9 +5,9 @@ python scripts/evaluate_upsampler.py --model_path up256.pt --data_dir D/val --nu
 
 from __future__ import annotations
 
-from diff_dalle.config import Parser
 from diff_dalle.distributed import run_main
 from diff_dalle.evaluation.upsampler_run import UpsamplerConfig, evaluate_upsampler
+from diff_dalle.flags import Parser
 
 
 def evaluate(argv: list[str]) -> None:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 
 def write(argv: list[str]) -> None:
-    from diff_dalle.config import Parser
     from diff_dalle.data.demo import DemoDataConfig, make_demo_data
+    from diff_dalle.flags import Parser
 
     print(make_demo_data(DemoDataConfig(**Parser([DemoDataConfig]).parse(argv))))
 

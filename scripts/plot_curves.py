@@ -7,9 +7,9 @@ python scripts/plot_curves.py --files runs/evaluation/alignment*.json --x step -
 
 from __future__ import annotations
 
-from diff_dalle.config import Parser
 from diff_dalle.distributed import run_main
 from diff_dalle.evaluation.curves import CurvesConfig, draw_curves
+from diff_dalle.flags import Parser
 
 
 def plot(argv: list[str]) -> None:

@@ -5,11 +5,18 @@ import dataclasses
 import importlib
 import pkgutil
 import runpy
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+import setuptools
+
 import diff_dalle
+from diff_dalle import cli
 
 ROOT = Path(__file__).parent.parent
+OWNERS = packages_distributions()  # of what can be imported
 PACKAGE = ROOT / "diff_dalle"
 
 # Room -> the rooms it may import. Leaves are open to all.
@@ -22,12 +29,22 @@ ARROWS = {
     "presets": set(),
     "sampling_io": {"data"},
     "training": {"models", "diffusion", "data", "distributed"},
-    "config": {"presets", "training", "sampling_io", "models", "diffusion", "data"},
+    "flags": {"presets"},
+    "config": {"flags", "training", "sampling_io", "models", "diffusion", "data"},
     "loading": {"config", "training", "models", "diffusion", "data"},
     "conversion": {"config", "training", "models"},
     "preset_table": {"config", "presets", "models", "diffusion"},
     "cascade": {"loading", "config", "training", "sampling_io", "models", "diffusion", "data"},
-    "evaluation": {"cascade", "loading", "config", "training", "models", "diffusion", "data"},
+    "evaluation": {
+        "cascade",
+        "loading",
+        "config",
+        "training",
+        "sampling_io",
+        "models",
+        "diffusion",
+        "data",
+    },
     "cli": {"scripts"},
     "__init__": {"cascade"},
 }
@@ -99,17 +116,74 @@ def test_a_knob_has_one_owner_in_a_run() -> None:
         assert sorted(set(names)) == sorted(names)
 
 
-def test_mpi_is_never_imported_at_the_top() -> None:
-    for path in PACKAGE.rglob("*.py"):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        for node in tree.body:
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                assert "mpi4py" not in ast.unparse(node), path
+@pytest.mark.parametrize("name", ["mpi4py", "transformers", "webdataset"])
+def test_what_is_slow_or_starts_something_is_never_imported_at_the_top(name: str) -> None:
+    for folder in (PACKAGE, ROOT / "scripts"):
+        for path in folder.rglob("*.py"):
+            for node in ast.parse(path.read_text(encoding="utf-8")).body:
+                if isinstance(node, ast.Import | ast.ImportFrom):
+                    assert name not in ast.unparse(node), path
 
 
 def test_every_module_imports() -> None:
     for module in pkgutil.walk_packages(diff_dalle.__path__, "diff_dalle."):
         importlib.import_module(module.name)
+    for verb in cli.verbs():
+        assert callable(importlib.import_module(f"diff_dalle.scripts.{verb}").main)
+
+
+@pytest.fixture
+def package(monkeypatch: pytest.MonkeyPatch) -> setuptools.Distribution:
+    """What setup.py declares."""
+    from distutils.core import run_setup  # setuptools brings it, so not before it is imported
+
+    monkeypatch.chdir(ROOT)
+    return run_setup("setup.py", stop_after="init")
+
+
+def test_the_package_leaves_no_file_behind(package: setuptools.Distribution) -> None:
+    for folder in (PACKAGE, ROOT / "scripts"):
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix not in (".pyc", ".sh"):
+                inside = path.parent.relative_to(folder).parts
+                start = ["diff_dalle"] if folder == PACKAGE else ["diff_dalle", "scripts"]
+                assert ".".join([*start, *inside]) in package.packages, path
+                assert path.suffix == ".py", path  # other files would need package_data
+
+
+def imported(path: Path, *, top: bool) -> set[str]:
+    """The distributions that a file imports from, at its top alone or also inside functions."""
+    tree, names = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in tree.body if top else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module.split(".")[0])
+    foreign = names - sys.stdlib_module_names - {"diff_dalle"}
+    return {OWNERS[name][0].lower().replace("_", "-") for name in foreign}
+
+
+def test_what_is_imported_is_declared(package: setuptools.Distribution) -> None:
+    required = {name.split(">")[0] for name in package.install_requires}
+    extras = {
+        n for extra, names in package.extras_require.items() if extra != "test" for n in names
+    }
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    at_the_top = set().union(*(imported(path, top=True) for path in files))
+    anywhere = set().union(*(imported(path, top=False) for path in files))
+    assert {"torch", "pillow", "pyyaml", "emoji"} <= anywhere
+    assert at_the_top <= required and anywhere <= required | extras
+
+
+def test_the_console_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["diff-dalle"])
+    assert cli.main() == 0
+    assert " train_generator" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["diff-dalle", "train"])
+    assert cli.main() == 2
+    assert "diff-dalle knows no verb 'train'" in capsys.readouterr().err
 
 
 def test_the_readme_maps_every_file() -> None:

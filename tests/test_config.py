@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import re
+import shlex
+import string
 from pathlib import Path
 
 import pytest
@@ -9,17 +12,21 @@ import pytest
 from diff_dalle.config import (
     ClassifierRun,
     GeneratorRun,
+    Parser,
     from_flat,
-    make_record,
     parse_run,
     parse_sample_run,
     shaping_fields,
     to_flat,
 )
+from diff_dalle.conversion import ConvertConfig
+from diff_dalle.data.demo import DemoDataConfig
 from diff_dalle.errors import UsageError
+from diff_dalle.evaluation.curves import CurvesConfig
+from diff_dalle.evaluation.shapes_run import ShapesConfig
+from diff_dalle.evaluation.upsampler_run import UpsamplerConfig
 from diff_dalle.presets import PRESETS
-from diff_dalle.training.run_data import RunData
-from diff_dalle.training.trainer import Data
+from diff_dalle.sampling_io.config import SampleConfig
 
 README_GENERATOR = (
     "--data_dir path/to/images --image_size 64 --num_channels 128 --num_res_blocks 2 "
@@ -74,6 +81,36 @@ def test_readme_commands_parse() -> None:
     assert parse_sample_run(["--no_cond_text"]).stated == {"cond_text": False}
 
 
+def readme_commands() -> list[tuple[str, list[str]]]:
+    """Script and flags of every command in README.md, its shell variables filled in."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    commands, variables = [], {"NUM_GPUS": "2"}
+    for block in re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if found := re.fullmatch(r'(\w+)="(.*)"', line):
+                variables[found[1]] = found[2]
+            elif found := re.search(r"python scripts/(\w+)\.py (.*)", line):
+                argv = shlex.split(string.Template(found[2]).substitute(variables), comments=True)
+                commands.append((found[1], [word for word in argv if word != "..."]))
+    return commands
+
+
+PARSERS = {
+    "train_generator": lambda argv: parse_run(GeneratorRun, argv),
+    "train_classifier": lambda argv: parse_run(ClassifierRun, argv),
+    "sample": parse_sample_run,
+    "make_demo_data": lambda argv: DemoDataConfig(**Parser([DemoDataConfig]).parse(argv)),
+}
+
+
+def test_commands_of_our_readme_parse_and_train_on_captions() -> None:
+    commands = readme_commands()
+    assert {name for name, _ in commands} == set(PARSERS)
+    runs = [PARSERS[name](argv) for name, argv in commands]
+    generators = [run for run in runs if isinstance(run, GeneratorRun)]
+    assert len(generators) > 3 and all(run.captions is not None for run in generators)
+
+
 @pytest.mark.parametrize(
     ("parse", "names"),
     [
@@ -102,6 +139,10 @@ def test_lists_and_aliases() -> None:
     assert run.train.ema_rate == (0.9999, 0.999)
     assert run.data.data_dir == ["a", "b"]
     assert run.unet.channel_mult == (1, 2)
+    assert parse_run(GeneratorRun, ["--index_dir_val", "c"]).data.val_data_dir == ["c"]
+    for alias in ("--resume_checkpoints", "--clip_resume_checkpoint"):
+        assert parse_run(ClassifierRun, [alias, "a.pt"]).train.resume_checkpoint == "a.pt"
+    assert parse_sample_run(["--index_dir", "d"]).sample.data_dir == ["d"]
 
 
 @pytest.mark.parametrize(
@@ -112,6 +153,7 @@ def test_lists_and_aliases() -> None:
         (["--lr", "fast"], "--lr"),
         (["--lr", "-1"], "--lr is -1.0: it must be positive"),
         (["--preset", "bas-64"], "did you mean base-64"),
+        (["--preset"], "--preset: expected one argument"),
         (["--preset", "base-clip"], "is no generator preset"),
         (["--small_size", "48"], "small_size"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
@@ -124,20 +166,45 @@ def test_wrong_values_stop_in_one_line(argv, message) -> None:
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_rate_that_ends_at_0_ends_the_run() -> None:
+    with pytest.raises(UsageError, match="--lr_anneal_steps is 50.*reach --iterations.* 50"):
+        parse_run(GeneratorRun, ["--lr_anneal_steps", "50", "--iterations", "51"])
+    parse_run(GeneratorRun, ["--lr_anneal_steps", "50", "--iterations", "50"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (["--predict_xstart", "True"], ["--prediction", "x0"]),
+        ([], ["--channel_mult", "1,2,3,4"]),
+        ([], ["--noise_schedule", "cosine"]),
+    ],
+)
+def test_two_spellings_are_one_run(one: list[str], other: list[str]) -> None:
+    assert parse_run(GeneratorRun, one) == parse_run(GeneratorRun, other)
+
+
+def test_heads_are_counted_where_their_number_is_given() -> None:
+    def heads(*flags: str) -> int:
+        return parse_run(GeneratorRun, list(flags)).unet.heads(256, going_up=False)
+
+    assert heads() == 4  # 64 channels each
+    assert heads("--num_heads", "8") == heads("--num_head_channels", "32") == 8
+    assert heads("--num_heads", "8", "--num_head_channels", "64") == 4  # as in guided-diffusion
+    assert heads("--num_head_channels", "-1") == 4
+
+
+def test_help_shows_where_values_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_run(GeneratorRun, ["--preset", "tiny-64", "--help"])
+    shown = capsys.readouterr().out
+    assert "--preset" in shown and "--config" in shown and "--lr" in shown
+
+
 def test_stopping_early_needs_held_out_data() -> None:
     with pytest.raises(UsageError, match="--stop_early is 3: it must go with --val_data_dir"):
         parse_run(ClassifierRun, ["--stop_early", "3"])
     assert parse_run(ClassifierRun, ["--stop_early", "3", "--val_data_dir", "d"]).task.stop_early
-
-
-def test_auto_and_the_schedule_it_stands_for_are_one_run() -> None:
-    data = RunData(batches=Data(train=iter), tokenizer=None, fingerprint="f")
-    runs = [
-        parse_run(GeneratorRun, ["--image_size", "64", *flags])
-        for flags in ([], ["--noise_schedule", "cosine"])
-    ]
-    first, second = (make_record(run, data) for run in runs)
-    assert first == second and first.config["noise_schedule"] == "cosine"
 
 
 def test_preset_then_file_then_flags(tmp_path: Path) -> None:
@@ -150,6 +217,38 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     path.write_text("batch_sise: 7\n")
     with pytest.raises(UsageError, match="no such key: batch_sise; did you mean batch_size"):
         parse_run(GeneratorRun, argv)
+
+
+def test_one_value_in_a_file_is_a_list_of_one_and_no_row_of_letters(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("index_dir: shards\nema_rate: 0.99\nattention_resolutions: 16\nlr: 3e-4\n")
+    run = parse_run(GeneratorRun, ["--config", str(path)])
+    assert run.data.data_dir == ["shards"] and run.train.ema_rate == (0.99,)
+    assert run.unet.attention_resolutions == (16,) and run.optim.lr == 3e-4
+    path.write_text("index_dir: [a, b]\nema_rate: [0.9, 0.99]\ntokenizer: null\n")
+    run = parse_run(GeneratorRun, ["--config", str(path)])
+    assert run.data.data_dir == ["a", "b"] and run.train.ema_rate == (0.9, 0.99)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "attention_resolutions: full",
+        "lr: fast",
+        "batch_size: null",
+        "iterations: 2.5",
+        "text_length: [48]",
+        "learn_sigma: maybe",
+        "data_dir: {a: 0.5}",
+        "no_cond_text: true",
+    ],
+)
+def test_wrong_values_in_a_file_stop_in_one_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(line)
+    with pytest.raises(UsageError, match=f"run.yaml.*{line.split(':')[0]}") as caught:
+        parse_run(GeneratorRun, ["--config", str(path)])
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -172,7 +271,11 @@ def test_run_time_choices_do_not_shape_weights() -> None:
 
 
 def test_every_knob_explains_itself() -> None:
-    run = parse_run(GeneratorRun, [])
-    for section in dataclasses.fields(run):
-        for field in dataclasses.fields(getattr(run, section.name)):
+    sections = [SampleConfig, DemoDataConfig, ConvertConfig]
+    sections += [ShapesConfig, UpsamplerConfig, CurvesConfig]
+    for run_class in (GeneratorRun, ClassifierRun):
+        run = parse_run(run_class, [])
+        sections += [type(getattr(run, part.name)) for part in dataclasses.fields(run)]
+    for section in sections:
+        for field in dataclasses.fields(section):
             assert field.metadata["help"], field.name

@@ -68,3 +68,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="check the model flags"):
         convert_file(cfg, run)
     assert not out.exists()
+    out.write_bytes(b"precious")
+    with pytest.raises(UsageError, match="--out_path .*out.pt exists"):
+        convert_file(cfg, run)
+    assert out.read_bytes() == b"precious"

@@ -89,6 +89,7 @@ class Cascade:
         self.notes: list[str] = []
         if on_cpu and precision not in (AUTO, "fp32"):
             self.notes.append(f"sampling in fp32: a CPU is slower in {precision}")
+        self.notes += [note for stage in self.stages for note in stage.notes()]
 
     @classmethod
     def load(
@@ -112,7 +113,10 @@ class Cascade:
         """
         if device == AUTO:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device = torch.device(device)
+        try:
+            device = torch.device(device)
+        except RuntimeError as problem:
+            raise UsageError(f"--device is {device!r}: give auto, cpu or cuda") from problem
         stages = load_stages(_listed(paths), _listed(classifier or []), device)
         return cls(stages, device, precision)
 

@@ -65,6 +65,7 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
     guidance = per_stage(numbers(cfg.guidance_scale, "guidance_scale"), count, "guidance_scale")
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
     scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
+    _check_unread(stages, scales, cfg)
     plans = []
     for number, stage in enumerate(stages):
         settings = StageSettings(
@@ -85,6 +86,18 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
         rerank=cfg.rerank,
         rerank_stage=_rerank_stage(stages, cfg.rerank),
     )
+
+
+def _check_unread(stages: Sequence[Stage], scales: Sequence[float], cfg: SampleConfig) -> None:
+    """Refuse settings that nothing would read."""
+    strong = [scale for scale in scales if scale not in (0, 1)]
+    if strong and not any(stage.guide for stage in stages):
+        raise UsageError(
+            f"--classifier_scale is {strong[0]:g}, but there is no CLIP: name one with "
+            "--classifier_path"
+        )
+    if cfg.ddim_eta and not cfg.use_ddim:
+        raise UsageError(f"--ddim_eta is {cfg.ddim_eta:g}: it needs --use_ddim True")
 
 
 def _check_start(first: Stage, low_res: bool) -> None:

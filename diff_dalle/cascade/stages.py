@@ -14,9 +14,10 @@ from diff_dalle.errors import UsageError
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator, load_classifier, load_generator
 from diff_dalle.sampling_io.config import per_stage, split_paths
 from diff_dalle.sampling_io.find import expand_paths
-from diff_dalle.training.checkpoints import load_weights
+from diff_dalle.training.checkpoints import read_kind
 
 NO_CLASSIFIER = "none"
+_OLD_SHARE = 0.1  # of an average, from which on its samples look untrained
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,16 @@ class Stage:
         """What turns captions into its tokens; None where it reads none."""
         return self.loaded.tokenizer if self.reads_text else None
 
+    def notes(self) -> list[str]:
+        """What the user should know of the checkpoint."""
+        rate, step = self.loaded.checkpoint.ema_rate, self.loaded.checkpoint.step
+        if rate is None or rate**step < _OLD_SHARE:
+            return []
+        return [
+            f"{self.path} averages over more steps than its run has: {rate**step:.0%} of it are "
+            f"the weights that the run began with; model{step:06d}.pt beside it has none of them"
+        ]
+
     def describe(self) -> dict[str, Any]:
         """What a manifest says of the stage's files."""
         return {
@@ -94,7 +105,7 @@ def load_stages(
         UsageError: nothing to load, a file that is no checkpoint or of the wrong kind, stages
             out of order, or sizes that do not fit.
     """
-    files = expand_paths(paths, "generator", _kind_of, "model_path")
+    files = expand_paths(paths, "generator", read_kind, "model_path")
     if not files:
         raise UsageError("--model_path is missing: name checkpoints or a folder that holds them")
     stages = [Stage(path, load_generator(path, device)) for path in files]
@@ -144,7 +155,7 @@ def _load_guides(
 def _spread(entry: str, stages: Sequence[Stage], device: torch.device) -> list[Guide | None]:
     """Each CLIP of a file or folder beside the stage of its own size."""
     guides: dict[int, Guide] = {}
-    for path in expand_paths([entry], "classifier", _kind_of, "classifier_path"):
+    for path in expand_paths([entry], "classifier", read_kind, "classifier_path"):
         guide = Guide(path, load_classifier(path, device))
         if guide.image_size in guides:
             raise UsageError(
@@ -159,10 +170,6 @@ def _spread(entry: str, stages: Sequence[Stage], device: torch.device) -> list[G
             f"{_sizes(stage.image_size for stage in stages)} px: name a CLIP of a stage's size"
         )
     return found
-
-
-def _kind_of(path: str) -> str:
-    return load_weights(path).kind
 
 
 def _sizes(sizes: Iterable[int]) -> str:

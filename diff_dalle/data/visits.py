@@ -103,9 +103,12 @@ class Visits(torch.utils.data.Dataset[Arrays]):
         slots = [self._order.slot(position) for position in positions]
         places = [None if slot is None else self._dataset.entry(slot.sample) for slot in slots]
         keys = ["" if place is None else place[1].key for place in places]
+        # The shard's name counts: many writers number the samples of every shard from 0.
         seeds = [
-            0 if slot is None else key_of(self._dataset.seed, slot.epoch, key)
-            for slot, key in zip(slots, keys, strict=True)
+            0
+            if slot is None or place is None
+            else key_of(self._dataset.seed, slot.epoch, place[0].name, place[1].key)
+            for slot, place in zip(slots, places, strict=True)
         ]
         seed = np.array(seeds, dtype=np.int64)
         draws = uniform(torch.from_numpy(seed), (_DRAWS,), _STREAM).tolist()  # [B][_DRAWS]

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from diff_dalle.data.captions import one_object_captions
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.alignment import agreement, score_detections, shapes_detector, truth_of
@@ -17,6 +15,7 @@ from diff_dalle.evaluation.drawing import Drawer, DrawingConfig, Pictures
 from diff_dalle.evaluation.report import free_stem, verdict_grid, verdict_rows, write_report
 from diff_dalle.evaluation.sweep import sweep
 from diff_dalle.knobs import knob, require
+from diff_dalle.sampling_io.store import read_pictures
 
 _GRID = 64  # pictures that the grid shows
 
@@ -76,9 +75,9 @@ def evaluate_shapes(cfg: ShapesConfig) -> tuple[list[Path], str]:
     if cfg.check_detector:
         return [], check_detector(cfg.num_samples)
     if cfg.write_captions is not None:
-        path = Path(cfg.write_captions)
-        path.write_text("".join(f"{line}\n" for line in cfg.prompts()), encoding="utf-8")
-        return [path], f"{cfg.num_samples} captions"
+        return [write_captions(Path(cfg.write_captions), cfg.prompts())], (
+            f"{cfg.num_samples} captions"
+        )
     if cfg.images:
         stages, captions = read_outputs(cfg.images, cfg.captions or "")
         return report_pictures(
@@ -90,6 +89,23 @@ def evaluate_shapes(cfg: ShapesConfig) -> tuple[list[Path], str]:
     scale, seed = cfg.classifier_scale[0], cfg.seeds[0]
     stages = drawer.draw(prompts, seed=seed, classifier_scale=scale)
     return report_pictures(stages, prompts, cfg.folder(), drawer.facts())
+
+
+def write_captions(path: Path, captions: Sequence[str]) -> Path:
+    """One caption a line, into a file that does not exist yet.
+
+    Raises:
+        UsageError: it exists, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x", encoding="utf-8") as file:
+            file.writelines(f"{caption}\n" for caption in captions)
+    except OSError as problem:
+        raise UsageError(
+            f"--write_captions {path} cannot be written ({problem.strerror}): name a new file"
+        ) from problem
+    return path
 
 
 def report_pictures(
@@ -131,15 +147,15 @@ def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], 
     """
     try:
         lines = Path(captions).read_text(encoding="utf-8").splitlines()
-        stages = [np.load(path)["arr_0"] for path in images]
-    except (OSError, ValueError, KeyError) as problem:
+        stages = [read_pictures(path) for path in images]
+    except (OSError, ValueError) as problem:
         reason = str(problem).splitlines()[0]
         raise UsageError(f"--images, --captions: {reason}; give files of sample.py") from problem
     for path, stage in zip(images, stages, strict=True):
-        if stage.dtype != np.uint8 or stage.ndim != 4 or len(stage) != len(lines):
+        if len(stage) != len(lines):
             raise UsageError(
-                f"--images {path} holds {stage.dtype} {stage.shape}, but {captions} has "
-                f"{len(lines)} lines: give uint8 (N, H, W, 3) and N captions"
+                f"--images {path} holds {len(stage)} pictures, but {captions} has {len(lines)} "
+                "lines: give one caption a picture"
             )
     return stages, lines
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import AUTO, AutoFloat, Floats, Ints, knob, require
+from diff_dalle.knobs import AUTO, AutoFloat, AutoInt, Floats, Ints, knob, require
 from diff_dalle.models.attention import CrossAttention, SelfAttention, padding_bias
 from diff_dalle.models.blocks import Block
 from diff_dalle.models.layers import (
@@ -38,6 +38,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     32: (1, 2, 2, 2),
     16: (1, 2, 2),
 }
+_ADM_HEADS = 4  # where neither their number nor their channels are given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,10 @@ class UNetConfig:
     num_res_blocks: int = knob(2, "residual blocks a level on the way down (one more going up)")
     channel_mult: Floats = knob((), "channel multiplier of each level; empty: ADM's by size")
     attention_resolutions: Ints = knob((32, 16, 8), "feature-map sizes in pixels with attention")
-    num_heads: int = knob(4, "attention heads, where num_head_channels is -1")
-    num_head_channels: int = knob(64, "channels of one attention head; -1: use num_heads")
+    num_heads: int = knob(-1, "attention heads; -1: as many as num_head_channels gives")
+    num_head_channels: AutoInt = knob(
+        AUTO, "channels of one attention head; auto: 64, unless num_heads is given; -1: use it"
+    )
     num_heads_upsample: int = knob(-1, "attention heads on the way up; -1: as num_heads")
     use_scale_shift_norm: bool = knob(True, "the time embedding scales and shifts the norms")
     resblock_updown: bool = knob(True, "residual blocks change the resolution, not convolutions")
@@ -63,12 +66,11 @@ class UNetConfig:
     attention_positions: bool = knob(False, "tell every attention the place, by learned vectors")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "patch_size", "num_heads"):
+        for name in ("image_size", "num_channels", "num_res_blocks", "patch_size", "norm_groups"):
             require(getattr(self, name) > 0, name, getattr(self, name), "be positive")
-        require(self.norm_groups > 0, "norm_groups", self.norm_groups, "be positive")
-        for name in ("num_head_channels", "num_heads_upsample"):
+        for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
             value = getattr(self, name)
-            require(value == -1 or value > 0, name, value, "be positive, or -1")
+            require(value in (-1, AUTO) or value > 0, name, value, "be positive, or -1")
         require(self.num_channels % 2 == 0, "num_channels", self.num_channels, "be even")
         sizes = self.attention_resolutions
         positive = all(size > 0 for size in sizes)
@@ -102,6 +104,14 @@ class UNetConfig:
         return float(self.dropout)
 
     @property
+    def resolved_head_channels(self) -> int:
+        """``num_head_channels`` as a number; -1: the heads are counted instead."""
+        if self.num_head_channels != AUTO:
+            return int(self.num_head_channels)
+        counted = self.num_heads != -1 or self.num_heads_upsample != -1
+        return -1 if counted else 64
+
+    @property
     def downsampling(self) -> int:
         """The factor between the image and the smallest feature map."""
         return self.patch_size * 2 ** (len(self.resolved_channel_mult) - 1)
@@ -117,13 +127,13 @@ class UNetConfig:
     def heads(self, channels: int, *, going_up: bool) -> int:
         """Attention heads for that many channels."""
         must = f"divide the {channels} channels of a level with attention"
-        if self.num_head_channels != -1:
-            width = self.num_head_channels
+        width = self.resolved_head_channels
+        if width != -1:
             require(channels % width == 0, "num_head_channels", width, must)
             return channels // width
         upsample = going_up and self.num_heads_upsample != -1
         name = "num_heads_upsample" if upsample else "num_heads"
-        heads: int = getattr(self, name)
+        heads = getattr(self, name) if getattr(self, name) != -1 else _ADM_HEADS
         require(channels % heads == 0, name, heads, must)
         return heads
 

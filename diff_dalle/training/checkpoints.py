@@ -162,6 +162,15 @@ def load_weights(path: str | Path, *, kind: str | None = None) -> Checkpoint:
     )
 
 
+def read_kind(path: str | Path) -> str:
+    """``generator`` or ``classifier``, without reading the weights.
+
+    Raises:
+        UsageError: no such file, no checkpoint of ours, or damaged.
+    """
+    return str(_load(Path(path), mapped=True)["kind"])
+
+
 def load_training_state(folder: str | Path, step: int) -> TrainingState:
     """Read the checkpoint of one step whole, and check every tensor.
 
@@ -245,11 +254,6 @@ def parse_name(path: str | Path) -> tuple[int | None, float | None]:
     return int(match["step"]), float(match["rate"]) if match["rate"] else None
 
 
-def parse_step(path: str | Path) -> int | None:
-    """The step that a file's name tells, such as 200000 for ``model200000.pt``, or None."""
-    return parse_name(path)[0]
-
-
 def differences(
     saved: Mapping[str, Any], given: Mapping[str, Any], fields: Collection[str]
 ) -> list[str]:
@@ -309,11 +313,14 @@ def _portable(value: Any, path: str) -> Any:
     raise TypeError(f"{path} is a {type(value).__name__}: a checkpoint takes plain values only")
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Load one of our ``.pt`` files; no code in it can run.
+def _load(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """What one of our ``.pt`` files holds; no code in it can run.
 
+    Args:
+        path: the file.
+        mapped: leave the tensors on disk until they are read.
     Raises:
-        UsageError: it is missing, not ours, of a newer format, or damaged.
+        UsageError: it is missing, not ours, of a newer format, or cannot be loaded.
     """
     try:
         with open(path, "rb") as file:
@@ -323,7 +330,7 @@ def _read(path: Path) -> dict[str, Any]:
     if magic != _ZIP_MAGIC:
         raise _no_checkpoint(path, "it is not even a file of torch.save")
     try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged file makes torch raise almost anything
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
         raise _no_checkpoint(path, f"or it is damaged: {reason}") from error
@@ -334,6 +341,16 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} has format {payload.get('version')}, this diff_dalle reads up to {VERSION}: "
             "install a newer one"
         )
+    return payload
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Load one of our ``.pt`` files and check every tensor.
+
+    Raises:
+        UsageError: see `_load`; or a tensor is damaged.
+    """
+    payload = _load(path)
     saved = payload.pop("sha256", {})
     try:
         found = digests_of(payload)

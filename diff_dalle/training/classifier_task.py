@@ -169,8 +169,9 @@ class ClassifierTask:
 
     def _held_out(self, batch: Batch, quartile: int) -> Tensor:
         """Image features [B,E] at each sample's fixed step within a timestep quartile."""
-        u, eps = draws.held_out(batch.seed, tuple(batch.image.shape[1:]), quartile)
-        t = ((quartile + u) * self._diffusion.num_steps / QUARTILES).long()  # [B]
+        t, eps = draws.held_out(
+            batch.seed, tuple(batch.image.shape[1:]), quartile, self._diffusion.num_steps
+        )
         if not self.model.cfg.noised:
             t = torch.zeros_like(t)
         return self._encode_images(batch, t, eps)

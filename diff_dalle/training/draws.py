@@ -40,10 +40,19 @@ def noise(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return keyed_noise.normal(seed, shape, Stream.NOISE)
 
 
-def held_out(seed: Tensor, shape: tuple[int, ...], quartile: int) -> tuple[Tensor, Tensor]:
-    """A held-out sample's fixed (u, eps) for one timestep quartile: f32 [B], f32 [B, *shape]."""
+def held_out(
+    seed: Tensor, shape: tuple[int, ...], quartile: int, steps: int
+) -> tuple[Tensor, Tensor]:
+    """A held-out sample's fixed (t, eps) in one of four quarters of ``steps``.
+
+    Returns:
+        int64 [B] in [quartile, quartile + 1) · steps / 4, and standard normal f32 [B, *shape].
+    """
     first = Stream.HELD_OUT + 2 * quartile
-    return keyed_noise.uniform(seed, (), first), keyed_noise.normal(seed, shape, first + 1)
+    t = ((quartile + keyed_noise.uniform(seed, (), first)) * steps / 4).long()
+    # quartile + u may round up to the next quarter.
+    last = max(0, -(-(quartile + 1) * steps // 4) - 1)
+    return t.clamp(max=last), keyed_noise.normal(seed, shape, first + 1)
 
 
 def caption_drop(seed: Tensor, probability: float) -> Tensor:
@@ -73,4 +82,5 @@ def crop_corner(seed: Tensor, positions: int) -> tuple[Tensor, Tensor]:
     """Row and column, int64 [B] each in [0, positions), of a crop's upper left corner."""
     row = keyed_noise.uniform(seed, (), Stream.CROP_ROW)
     column = keyed_noise.uniform(seed, (), Stream.CROP_COLUMN)
-    return (row * positions).long(), (column * positions).long()
+    last = positions - 1  # the product may round up to ``positions``
+    return (row * positions).long().clamp(max=last), (column * positions).long().clamp(max=last)

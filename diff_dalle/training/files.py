@@ -94,17 +94,22 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def require_room(folder: str | Path, checkpoint_size: int, checkpoints: int = 2) -> None:
+def require_room(
+    folder: str | Path, checkpoint_size: int, checkpoints: int = 2, *, make: bool = True
+) -> None:
     """Make the folder, and refuse it where checkpoints cannot be written.
 
     Args:
         folder: the run's folder.
         checkpoint_size: bytes of one checkpoint.
         checkpoints: how many of them must fit.
+        make: False makes no folder: where there is none, its nearest parent is tried.
     Raises:
         UsageError: the folder cannot be made or written, or the disk is too full.
     """
     folder = Path(folder)
+    if not make:
+        folder = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     probe = folder / f".write-test-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -199,8 +199,9 @@ class GeneratorTask:
             batch = cpu_batch.to(self._world.device)
             x_0, cond = self._condition(batch, 0.0)
             for quartile in range(QUARTILES):
-                u, eps = draws.held_out(batch.seed, tuple(x_0.shape[1:]), quartile)
-                t = ((quartile + u) * self._diffusion.num_steps / QUARTILES).long()  # [B]
+                t, eps = draws.held_out(
+                    batch.seed, tuple(x_0.shape[1:]), quartile, self._diffusion.num_steps
+                )
                 terms = self._terms(self.model, x_0, cond, t, eps.to(x_0))
                 meter.add_by_quartile(
                     "val_loss", terms.loss, t, self._diffusion.num_steps, batch.valid.double()
@@ -290,6 +291,9 @@ def _check_crop(size: int, model: Generator) -> None:
         unit = max(image_size // model.cfg.small_size, model.unet.cfg.downsampling)
         must = f"be a multiple of {unit} and at most --image_size {image_size}"
         require(size <= image_size and size % unit == 0, "crop_size", size, must)
+        # The places of a whole picture would be squeezed onto every crop, wherever it lies.
+        places = model.unet.cfg.attention_positions and size < image_size
+        require(not places, "crop_size", size, "be left out with --attention_positions")
 
 
 def _valid_or_zero(values: Tensor, valid: Tensor) -> Tensor:

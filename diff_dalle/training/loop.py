@@ -9,7 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from diff_dalle.distributed import World, barrier, broadcast_object, errors_to
+from diff_dalle.distributed import (
+    World,
+    all_gather_objects,
+    barrier,
+    broadcast_object,
+    errors_to,
+)
+from diff_dalle.errors import UsageError
 from diff_dalle.training.checkpoints import checkpoint_bytes
 from diff_dalle.training.files import require_room
 from diff_dalle.training.forecast import forecast
@@ -64,17 +71,36 @@ def train(
         return None
     folder = choose_folder(cfg, world)
     report.say(f"run folder: {folder}")
-    start = find_start(cfg, record, folder, report.say)
+    start = agreed_start(cfg, record, folder, world, report)
     for note in start.notes:
         report.say(note)
     trainer = Trainer(task, data, cfg, optim, record, world)
     trainer.begin(start)
-    require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
+    if world.is_main:  # the only one that writes
+        require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
     open_folder(folder, record, world)
     with errors_to(folder, world):
         run(trainer, folder, report)
     report.say(f"run folder: {folder}")
     return folder
+
+
+def agreed_start(
+    cfg: TrainConfig, record: RunRecord, folder: Path, world: World, report: Report
+) -> Start:
+    """Where the run begins, the same on every rank (a collective).
+
+    Raises:
+        UsageError: see `find_start`; or the ranks see different files.
+    """
+    start = find_start(cfg, record, folder, report.say)
+    steps = all_gather_objects(start.step, world)
+    if len(set(steps)) > 1:
+        raise UsageError(
+            f"the ranks find different checkpoints in {folder} (steps {min(steps)} to "
+            f"{max(steps)}): give a --log_dir that all machines share, and start again"
+        )
+    return start
 
 
 def run(trainer: Trainer, folder: Path, report: Report) -> Pace:
@@ -109,25 +135,28 @@ def try_out(
     world: World,
     report: Report,
 ) -> None:
-    """``--dry_run``: some whole steps, a save and a sample on every rank, then a forecast.
+    """``--dry_run``: some whole steps, an evaluation, a save and a sample, then a forecast.
 
-    Everything is written to a temporary folder, which is removed.
+    Every rank takes part. Everything is written to a temporary folder, which is removed.
     """
     named = named_folder(cfg)
-    start = Start() if named is None else find_start(cfg, record, named, report.say)
+    start = Start() if named is None else agreed_start(cfg, record, named, world, report)
+    if named is not None and world.is_main:
+        require_room(named, checkpoint_bytes(task.model, len(cfg.ema_rate)), make=False)
     with _temporary_folder(world) as folder:
         short = dataclasses.replace(
             cfg,
             iterations=start.step + cfg.dry_run,
             save_interval=cfg.dry_run,
-            eval_interval=0,
+            eval_interval=cfg.dry_run if cfg.eval_interval else 0,
             num_preview=world.size,
             report_to="none",
         )
         trainer = Trainer(task, data, short, optim, record, world)
         trainer.begin(start)
         pace = run(trainer, folder, report)
-        files = sorted(path.name for path in folder.iterdir())
+        # Other machines may not see the folder, which lies on rank 0's.
+        files = sorted(path.name for path in folder.iterdir()) if world.is_main else []
     report.say(forecast(cfg, task.model, start.step, pace, named, files, world))
 
 

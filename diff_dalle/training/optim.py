@@ -158,7 +158,7 @@ def make_optimizer(module: nn.Module, cfg: OptimConfig, world: World | None = No
 
     The weights of linear layers and convolutions are matrices: they decay, and ``muon``
     moves them. Everything else (biases, norms, embeddings, lone parameters) neither decays
-    nor meets Muon; nor do the first and the last spatial convolution, which map pixels.
+    nor meets Muon; nor do the first and the last spatial convolution: in a U-Net they map pixels.
     """
     matrices = matrix_parameters(module)
     known = {id(p) for p in matrices}
@@ -243,16 +243,16 @@ class GuardedStep:
         """
         parameters = self.optimizer.parameters
         self.precision.unscale_(parameters)
-        norm = clip_gradients(parameters, self.max_grad_norm)
-        finite = math.isfinite(norm)
-        # Every rank must decide alike, or the weights drift apart.
-        bad_ranks = torch.tensor(float(not finite), device=self.world.device)
-        skip = bool(all_reduce_sum_(bad_ranks, self.world) > 0)
+        # Every rank must decide and scale alike, or the weights drift apart: equal gradients
+        # summed by another number of threads differ in the norm's last bit.
+        norm = all_ranks_mean(gradient_norm(parameters), self.world)
+        skip = not math.isfinite(norm)
         if skip:
             self.skipped += 1
             self.skipped_in_row += 1
         else:
             self.skipped_in_row = 0
+            clip_gradients(parameters, norm, self.max_grad_norm)
             self.optimizer.step()
         self.precision.update(overflow=skip)
         if self.skipped_in_row >= self.patience and not self.precision.uses_loss_scale:
@@ -272,15 +272,20 @@ class GuardedStep:
         self.skipped_in_row = state["skipped_in_row"]
 
 
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> float:
-    """Scale all gradients so that their global 2-norm is at most ``max_norm``.
+def gradient_norm(parameters: Iterable[Tensor]) -> float:
+    """The global 2-norm of all gradients; not finite if one of them is not."""
+    return float(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
 
-    Returns:
-        The norm before. When it is not finite, or ``max_norm`` is 0, nothing is scaled.
-    """
-    with_grad = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in with_grad if p.grad is not None])
-    if 0 < max_norm < float(norm) < math.inf:
-        nn.utils.clip_grads_with_norm_(with_grad, max_norm, norm)
-    return float(norm)
+
+def all_ranks_mean(value: float, world: World) -> float:
+    """The mean of a number over the ranks (a collective); not finite if one rank's is not."""
+    total = torch.tensor(value, dtype=torch.float64, device=world.device)
+    return float(all_reduce_sum_(total, world)) / world.size
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], norm: float, max_norm: float) -> None:
+    """Scale gradients of global 2-norm ``norm`` so that it is at most ``max_norm``; 0: never."""
+    if 0 < max_norm < norm:
+        with_grad = [p for p in parameters if p.grad is not None]
+        nn.utils.clip_grads_with_norm_(with_grad, max_norm, torch.tensor(norm))

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from diff_dalle.training.train_config import TrainConfig
 
 TOKENIZER_FILE = "tokenizer.json"
 _SHOWN = 5
+_OURS = ("progress.csv", "metrics.jsonl", "model*.pt", "ema_*.pt", "opt*.pt")
 _TOKENIZER, _DATA = "tokenizer_sha256", "data"
 _FIXED = ("seed", "ema_rate", "max_train_samples")  # beside what shapes weights and process
 
@@ -47,12 +48,14 @@ class RunRecord:
         shaping: the flags that shape weights or the noise process.
         tokenizer_json: the tokenizer's text; None for a run without captions.
         data: the training set's fingerprint.
+        defaults: of all flags: what a run did whose version did not know a flag yet.
     """
 
     config: dict[str, Any]
     shaping: frozenset[str]
     tokenizer_json: str | None
     data: str
+    defaults: dict[str, Any]
 
     @property
     def kind(self) -> str:
@@ -67,6 +70,10 @@ class RunRecord:
     def described(self) -> dict[str, Any]:
         """The flags, the tokenizer's hash and the data: what ``config.json`` holds."""
         return _described(self.config, self.tokenizer_json, self.data)
+
+    def changed(self, saved: Mapping[str, Any], fields: Collection[str]) -> list[str]:
+        """One text for each of ``fields`` in which this run differs from a described one."""
+        return differences({**self.defaults, **saved}, self.described(), fields)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +147,7 @@ def check_folder(folder: Path, record: RunRecord) -> None:
     """
     path = folder / "config.json"
     if not path.exists():
+        _refuse_foreign(folder)
         return
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -153,8 +161,22 @@ def check_folder(folder: Path, record: RunRecord) -> None:
             f"{folder} holds a {kind} run, this is a {record.kind} run: "
             f"give --log_dir {_subfolder(folder, record.kind)}"
         )
-    found = differences(saved, record.described(), record.fixed)
+    if find_latest(folder) is None:
+        return  # it never came to a checkpoint: nothing would be continued otherwise than begun
+    found = record.changed(saved, record.fixed)
     _refuse(found, f"{folder} holds a run", f"--log_dir {_subfolder(folder, 'again')}")
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """What another program left must not be overwritten: its logs and weights have our names."""
+    if find_latest(folder) is not None:
+        return  # our checkpoints tell what the run was
+    theirs = [path.name for pattern in _OURS for path in sorted(folder.glob(pattern))]
+    if theirs:
+        raise UsageError(
+            f"{folder} holds {theirs[0]} but no config.json, so it is no run of ours: "
+            f"give --log_dir {_subfolder(folder, 'run')}"
+        )
 
 
 def open_folder(folder: Path, record: RunRecord, world: World) -> None:
@@ -193,11 +215,11 @@ def _explicit(path: Path, record: RunRecord, warn: Callable[[str], None]) -> Sta
             raise UsageError(f"--resume_checkpoint {path} holds no complete checkpoint")
         return _exact(state, record)
     step, ema_rate = parse_name(path)
-    if step is not None and ema_rate is None and step in complete_steps(path.parent):
+    averaged = ema_rate is not None or path.stem.endswith("_ema")
+    if step is not None and not averaged and step in complete_steps(path.parent):
         return _exact(load_training_state(path.parent, step), record)
     weights = load_weights(path, kind=record.kind)
-    shaping = sorted(record.shaping & record.config.keys())
-    found = differences(weights.config, record.config, shaping)
+    found = record.changed(weights.config, sorted(record.shaping & record.config.keys()))
     _refuse(found, f"{path} is of a run", "another --resume_checkpoint")
     _require_tokenizer(weights, record)
     step = weights.step if step is None else step
@@ -215,9 +237,9 @@ def _exact(state: TrainingState, record: RunRecord) -> Start:
         raise UsageError(f"{where} is of a {state.kind} run: give this {record.kind} another one")
     saved = _described(state.config, state.tokenizer_json, state.extra[_DATA])
     given = record.described()
-    _refuse(differences(saved, given, record.fixed), f"{where} is of a run", "another --log_dir")
+    _refuse(record.changed(saved, record.fixed), f"{where} is of a run", "another --log_dir")
     free = sorted((saved.keys() & given.keys()) - set(record.fixed) - _LOCAL)
-    changed = differences(saved, given, free)
+    changed = record.changed(saved, free)
     notes = [f"goes on from {state.folder} at step {state.step}"]
     notes += [f"changed since: {', '.join(changed)}"] if changed else []
     return Start(step=state.step, state=state, notes=tuple(notes))

@@ -7,6 +7,7 @@ a user would get. B batch, C channels, H W pixels, L tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import classifier_free_batched
-from diff_dalle.diffusion.samplers import sample_ddim, sample_ddpm
+from diff_dalle.diffusion.samplers import Sampler, sample_ddim, sample_ddpm
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment
@@ -90,22 +91,18 @@ def sample_stage(
         model = _guided_model(generator, generator.encode(cond), settings.guidance_scale)
         x_T = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
         step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
-        clip = settings.clip_denoised
+        sampler: Sampler = sample_ddpm
         if settings.use_ddim:
-            x_0 = sample_ddim(
-                model,
-                x_T,
-                diffusion,
-                noise=step_noise,
-                eta=settings.ddim_eta,
-                guide=guide,
-                clip=clip,
-                callback=callback,
-            )
-        else:
-            x_0 = sample_ddpm(
-                model, x_T, diffusion, noise=step_noise, guide=guide, clip=clip, callback=callback
-            )
+            sampler = functools.partial(sample_ddim, eta=settings.ddim_eta)
+        x_0 = sampler(
+            model,
+            x_T,
+            diffusion,
+            noise=step_noise,
+            guide=guide,
+            clip=settings.clip_denoised,
+            callback=callback,
+        )
     return to_uint8(x_0)
 
 

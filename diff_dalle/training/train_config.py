@@ -9,7 +9,7 @@ from diff_dalle.knobs import AUTO, AutoInt, Floats, knob, require
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """How long to train, what to keep and where; intervals count steps, 0 is never."""
+    """How long to train, what to keep and where; intervals count steps."""
 
     batch_size: int = knob(16, "samples a step on each rank")
     microbatch: int = knob(-1, "samples at once on each rank, to save memory; -1: all of them")
@@ -17,7 +17,9 @@ class TrainConfig:
     ema_rate: Floats = knob((0.9999,), "rates of the averaged copies of the weights")
     log_interval: int = knob(100, "steps between two lines of measurements")
     save_interval: int = knob(2500, "steps between two checkpoints")
-    eval_interval: int = knob(1000, "steps between two held-out evaluations (and at the end)")
+    eval_interval: int = knob(
+        1000, "steps between two held-out evaluations (and at the end); 0: none"
+    )
     sample_interval: int = knob(0, "steps between two preview grids; 0: with each checkpoint")
     eval_samples: int = knob(256, "held-out samples of one evaluation, all ranks together")
     num_preview: AutoInt = knob(

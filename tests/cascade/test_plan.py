@@ -27,6 +27,8 @@ PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star", "a large bl
         ({"rerank": 2}, "--rerank is 2: name the CLIP"),
         ({"rerank": 0}, "--rerank"),
         ({"ddim_eta": 1.5}, "--ddim_eta"),
+        ({"ddim_eta": 0.5}, "--ddim_eta is 0.5: it needs --use_ddim True"),
+        ({"classifier_scale": [1, 0, 4]}, "--classifier_scale is 4, but there is no CLIP"),
         ({"batch_size": 0}, "--batch_size"),
         ({"low_res": np.zeros((5, 16, 16, 3), np.uint8)}, "--low_res is for an upsampler"),
     ],

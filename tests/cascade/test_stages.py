@@ -103,6 +103,14 @@ def test_a_clip_that_does_not_fit_is_refused(
         Cascade.load(str(folder), paths)
 
 
+def test_loaded_models_are_frozen(guided: Cascade) -> None:
+    guide = guided.stages[0].guide
+    assert guide is not None
+    for model in (*(stage.loaded.generator for stage in guided.stages), guide.loaded.clip):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_two_clips_of_one_size_are_not_chosen_between(folder: Path, tmp_path: Path) -> None:
     for name in ("a.pt", "b.pt"):
         TINY["write_clip"](tmp_path / name, image_size=16)
@@ -114,6 +122,19 @@ def test_a_cpu_samples_in_fp32_and_says_so(folder: Path) -> None:
     cascade = Cascade.load(files(folder, "base.pt"), precision="fp16")
     assert cascade.precision == "fp32" and "fp32" in cascade.notes[0]
     assert Cascade.load(files(folder, "base.pt")).notes == []
+
+
+def test_an_average_of_mostly_initial_weights_is_pointed_out(tmp_path: Path) -> None:
+    for rate, share in ((0.9, "48%"), (0.5, None), (None, None)):
+        path = TINY["write_generator"](tmp_path / f"{rate}.pt", image_size=16, ema_rate=rate)
+        notes = Cascade.load(str(path)).notes  # step 7: 0.9^7 is 0.478
+        assert len(notes) == (share is not None)
+        assert share is None or f"{share} of it" in notes[0] and "model000007.pt" in notes[0]
+
+
+def test_an_unknown_device_is_refused(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--device is 'gpu': give auto, cpu or cuda"):
+        Cascade.load(files(folder, "base.pt"), device="gpu")
 
 
 def test_the_package_does_not_import_torch() -> None:

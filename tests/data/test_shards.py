@@ -28,6 +28,14 @@ def test_a_folder_is_searched_to_the_bottom_and_sorted(tmp_path: Path) -> None:
     assert names(tmp_path) == ["a.tar", "b/0.tar", "b/1.tar", "b/c/2.tar"]
 
 
+def test_a_relative_folder_is_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "data/train/0.tar")
+    monkeypatch.chdir(tmp_path)
+    for entry in ("data/train", "./data/train/", "data/train/0.tar", "data/*/0.tar"):
+        (shard,) = find_shards([entry])
+        assert shard.name == "0.tar" and os.path.samefile(shard.path, "data/train/0.tar")
+
+
 def test_a_link_is_followed_and_a_loop_is_not(tmp_path: Path) -> None:
     touch(tmp_path, "real/0.tar", "data/1.tar")
     os.symlink(tmp_path / "real", tmp_path / "data" / "linked")

@@ -72,10 +72,19 @@ def test_a_batch_has_the_shapes_and_types_of_the_contract(tmp_path: Path, pack_m
     assert (batch.tokens.shape, batch.tokens.dtype) == ((3, 32), torch.int64)
     assert (batch.mask.shape, batch.mask.dtype) == ((3, 32), torch.bool)
     assert batch.keys == [keys[3], keys[0], keys[1]] and batch.valid.all() and not batch.bad
-    expected = [key_of(9, 2, keys[3]), key_of(9, 2, keys[0]), key_of(9, 3, keys[1])]
-    assert batch.seed.tolist() == expected
+    drawn = ((2, keys[3]), (2, keys[0]), (3, keys[1]))
+    assert batch.seed.tolist() == [key_of(9, epoch, "00000.tar", key) for epoch, key in drawn]
     without = visit(tmp_path, [Slot(0, 0)], with_text=False)
     assert without.tokens is None and without.mask is None and without.valid.all()
+
+
+def test_shards_that_number_their_samples_alike_share_no_noise(
+    tmp_path: Path, pack, picture
+) -> None:
+    for name in ("a.tar", "b.tar"):
+        pack(tmp_path / name, [("0.jpg", picture(1, (20, 16))), ("0.txt", b"same key")])
+    batch = visit(tmp_path, [Slot(0, 0), Slot(0, 1)])
+    assert batch.keys == ["0", "0"] and batch.seed[0] != batch.seed[1]
 
 
 def test_a_visit_does_not_depend_on_its_neighbours(tmp_path: Path, pack_many) -> None:

@@ -46,6 +46,15 @@ def test_any_number_of_workers_writes_the_same_bytes(alone: Path, tmp_path: Path
     assert sorted(hashes(alone)) == ["00000.tar", "00001.tar", "00002.tar"]
 
 
+def test_a_relative_folder_is_written_where_it_lies(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("out/train"))
+    assert hashes(tmp_path / "out" / "train") == hashes(alone)
+    assert sorted(path.name for path in tmp_path.rglob("*.tar")) == sorted(hashes(alone))
+
+
 def test_members_carry_no_time_and_no_owner(alone: Path) -> None:
     with tarfile.open(alone / "00002.tar") as archive:
         members = archive.getmembers()

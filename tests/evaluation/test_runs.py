@@ -158,7 +158,7 @@ def test_an_earlier_report_stays(outputs: dict[str, Any]) -> None:
 
 def test_pictures_and_captions_that_differ_in_number_are_refused(outputs: dict[str, Any]) -> None:
     Path(outputs["captions"]).write_text("a red star on a teal background\n")
-    with pytest.raises(UsageError, match="8, 64, 64, 3.* has 1 lines"):
+    with pytest.raises(UsageError, match="holds 8 pictures.* has 1 lines"):
         evaluate_shapes(ShapesConfig(**outputs))
     with pytest.raises(UsageError, match="give files of sample.py"):
         evaluate_shapes(ShapesConfig(**(outputs | {"images": ["missing.npz"]})))
@@ -169,6 +169,8 @@ def test_captions_for_sample_py(tmp_path: Path) -> None:
     evaluate_shapes(ShapesConfig(write_captions=str(path), num_samples=16))
     expected = [caption for caption, _ in one_object_captions(16, 0, held_out=True)]
     assert path.read_text(encoding="utf-8").splitlines() == expected
+    with pytest.raises(UsageError, match="captions.txt cannot be written .File exists"):
+        evaluate_shapes(ShapesConfig(write_captions=str(path), num_samples=4))
 
 
 @pytest.mark.parametrize(

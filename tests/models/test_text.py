@@ -30,13 +30,15 @@ def _captions() -> tuple[torch.Tensor, torch.Tensor]:
     return tokens, torch.arange(6) < torch.tensor([6, 3, 1])[:, None]
 
 
-def test_padding_tokens_change_nothing(encoder: TextEncoder) -> None:
+def test_padding_tokens_change_nothing(encoder: TextEncoder, perturb: Perturb) -> None:
+    perturb(encoder)  # in a new one no token hears another
     tokens, mask = _captions()
     other = torch.where(mask, tokens, 49 - tokens)
     assert torch.equal(encoder(other, mask), encoder(tokens, mask))
 
 
-def test_more_padding_changes_nothing(encoder: TextEncoder) -> None:
+def test_more_padding_changes_nothing(encoder: TextEncoder, perturb: Perturb) -> None:
+    perturb(encoder)
     tokens, mask = _captions()
     longer = torch.cat([tokens, torch.full((3, 6), 7)], dim=1)
     longer_mask = torch.cat([mask, torch.zeros(3, 6, dtype=torch.bool)], dim=1)
@@ -45,7 +47,10 @@ def test_more_padding_changes_nothing(encoder: TextEncoder) -> None:
     assert torch.equal(text[:, 6:], torch.zeros(3, 6, 64))
 
 
-def test_a_row_of_padding_is_zero_and_has_finite_gradients(encoder: TextEncoder) -> None:
+def test_a_row_of_padding_is_zero_and_has_finite_gradients(
+    encoder: TextEncoder, perturb: Perturb
+) -> None:
+    perturb(encoder)
     tokens, mask = _captions()
     mask[2] = False
     text = encoder(tokens, mask)
@@ -125,7 +130,8 @@ def test_features_are_of_order_one_at_any_depth() -> None:
         assert encoder(tokens, mask).std().item() == pytest.approx(1.0, rel=0.05)
 
 
-def test_bf16_stays_near_fp32(encoder: TextEncoder) -> None:
+def test_bf16_stays_near_fp32(encoder: TextEncoder, perturb: Perturb) -> None:
+    perturb(encoder)
     tokens, mask = _captions()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         text = encoder(tokens, mask)

@@ -200,10 +200,14 @@ def classifier_task(
 
 
 def record(kind: str = "generator", **config: object) -> RunRecord:
-    """A record with a few flags; ``image_size`` shapes the weights, ``lr`` does not."""
+    """A record with a few flags; ``image_size`` and ``norm_groups`` shape the weights."""
     flags = {"kind": kind, "image_size": SIZE, "seed": 0, "ema_rate": [0.9], "lr": 1e-3} | config
     return RunRecord(
-        config=flags, shaping=frozenset({"image_size"}), tokenizer_json="{}", data="fingerprint"
+        config=flags,
+        shaping=frozenset({"image_size", "norm_groups"}),
+        tokenizer_json="{}",
+        data="fingerprint",
+        defaults={"norm_groups": 32},
     )
 
 

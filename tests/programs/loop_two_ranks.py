@@ -51,6 +51,7 @@ def main(argv: list[str]) -> int:
     loss_aware_sampler(world, found)
     evaluations(world, found)
     interrupted_runs(world, found, folder)
+    averages_alone(world, found, folder)
     skipped_step(world, found, folder)
     bad_samples_and_previews(world, found, folder)
     dry_run(world, found, folder)
@@ -209,6 +210,22 @@ def interrupted_runs(world: World, found: Found, folder: Path) -> None:
     found["samples in all"] = len(set().union(*seen))
     found["order kept"] = all(all_gather_objects(straight.seen == broken.seen, world))
     barrier(world)
+
+
+def averages_alone(world: World, found: Found, folder: Path) -> None:
+    """A run of both ranks that starts from an explicit file of averaged weights."""
+    model = tiny_generator(awake=True)
+    task, stream = generator_task(model, world=world), Stream(batch_size=3, world=world)
+    trained(task, folder / "averaged", world, stream, iterations=2)
+    barrier(world)
+    file = folder / "averaged" / "ema_0.9_000002.pt"
+    task = generator_task(tiny_generator(), world=world)
+    stream = Stream(batch_size=3, world=world)
+    trained(task, folder / "from", world, stream, iterations=3, resume_checkpoint=str(file))
+    everyone = all_gather_objects([p.detach().clone() for p in task.model.parameters()], world)
+    found["averages alone keep ranks equal"] = all(
+        torch.equal(a, b) for part in everyone for a, b in zip(part, everyone[0], strict=True)
+    )
 
 
 def skipped_step(world: World, found: Found, folder: Path) -> None:

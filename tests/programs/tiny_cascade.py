@@ -47,14 +47,16 @@ CLIP = TEXT | {
 }
 
 
-def write_generator(path: Path, *, vocab_size: int = 300, **flags: Any) -> Path:
+def write_generator(
+    path: Path, *, vocab_size: int = 300, ema_rate: float | None = None, **flags: Any
+) -> Path:
     """A random generator; ``flags`` change `GENERATOR`."""
     tokenizer = Tokenizer.train(CAPTIONS, vocab_size) if flags.get("cond_text", True) else None
     vocabulary = {"vocab_size": tokenizer.vocab_size if tokenizer else 0}
     run = from_flat(GeneratorRun, GENERATOR | vocabulary | flags)
     torch.manual_seed(run.image_size)
     generator = Generator(run.generator, run.unet, run.text)
-    return _save(path, "generator", to_flat(run), tokenizer, generator)
+    return _save(path, "generator", to_flat(run), tokenizer, generator, ema_rate)
 
 
 def write_clip(path: Path, *, vocab_size: int = 280, **flags: Any) -> Path:
@@ -81,6 +83,7 @@ def _save(
     config: dict[str, Any],
     tokenizer: Tokenizer | None,
     model: torch.nn.Module,
+    ema_rate: float | None = None,
 ) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad():
@@ -93,7 +96,7 @@ def _save(
         config=config,
         tokenizer_json=None if tokenizer is None else tokenizer.to_json(),
         step=7,
-        ema_rate=None,
+        ema_rate=ema_rate,
         state_dict=model.state_dict(),
     )
     return path

@@ -26,7 +26,6 @@ from diff_dalle.training.checkpoints import (
     load_training_state,
     load_weights,
     parse_name,
-    parse_step,
     save_checkpoint,
     save_weights,
 )
@@ -193,7 +192,6 @@ def test_leftovers_are_ignored_and_swept(tmp_path: Path) -> None:
 
 
 def test_names_tell_steps() -> None:
-    assert parse_step("runs/model200000.pt") == 200_000
     assert parse_name("ema_0.9999_010000.pt") == (10_000, 0.9999)
     assert parse_name("ema_1e-05_000010.pt") == (10, 1e-5)
     assert parse_name(Path("model010000_ema.pt")) == (10_000, None)  # the ancestors read 0

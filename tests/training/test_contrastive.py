@@ -94,7 +94,7 @@ class Towers(nn.Module):
         return image, nn.functional.normalize(self.text(texts), dim=1)
 
     def loss(self, image: Tensor, text: Tensor) -> Tensor:
-        valid = torch.ones(len(image), dtype=torch.bool)
+        valid = torch.ones(len(image), dtype=torch.bool, device=image.device)
         valid[3] = False
         return contrastive_loss(image, text, self.log_scale.exp(), valid, ALONE)
 
@@ -127,3 +127,32 @@ def test_cached_gradients_are_those_of_the_full_batch(sizes: list[int]) -> None:
     assert len(cached.gradients()) == len(full.gradients()) == 9
     for a, b in zip(cached.gradients(), full.gradients(), strict=True):
         torch.testing.assert_close(a / 64.0, b, rtol=1e-11, atol=1e-13)
+
+
+def test_the_gpus_random_state_is_put_back_before_each_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken, restored = iter(range(10)), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: next(taken))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", restored.append)
+    towers = Towers()
+    chunks = [(torch.ones(2, 5).double(), torch.ones(2, 4).double()) for _ in range(3)]
+    cached_step(towers, chunks, towers.encode, towers.loss, ALONE)
+    assert restored == [0, 1, 2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_dropout_on_a_gpu_draws_the_same_masks_again() -> None:
+    generator = torch.Generator().manual_seed(4)
+    images = torch.randn(10, 5, generator=generator, dtype=torch.float64).cuda().split(4)
+    texts = torch.randn(10, 4, generator=generator, dtype=torch.float64).cuda().split(4)
+    chunks = list(zip(images, texts, strict=True))
+    full, cached = Towers().cuda(), Towers().cuda()
+    torch.manual_seed(9)
+    parts = [full.encode(chunk) for chunk in chunks]
+    full.loss(torch.cat([i for i, _ in parts]), torch.cat([t for _, t in parts])).backward()
+    torch.manual_seed(9)
+    cached_step(cached, chunks, cached.encode, cached.loss, ALONE)
+    for a, b in zip(cached.gradients(), full.gradients(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from diff_dalle.training import draws
@@ -30,7 +31,7 @@ def test_draws_do_not_read_torchs_generator() -> None:
     torch.manual_seed(1)
     assert torch.equal(draws.noise(SEEDS[:3], (2,)), first)
     torch.manual_seed(0)
-    draws.held_out(SEEDS[:3], (2,), 1)
+    draws.held_out(SEEDS[:3], (2,), 1, 1000)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -48,7 +49,7 @@ def test_every_draw_has_a_stream_of_its_own() -> None:
         column / 1e6,
         draws.noise(SEEDS, ()),
         draws.aug_noise(SEEDS, ()),
-        *(u for q in range(4) for u in draws.held_out(SEEDS, (), q)),
+        *(u for q in range(4) for u in draws.held_out(SEEDS, (), q, 10**6)),
     ]
     table = torch.stack([numbers.double() for numbers in singles])
     correlation = torch.corrcoef(table) - torch.eye(len(singles), dtype=torch.float64)
@@ -81,6 +82,20 @@ def test_crops_reach_every_position_and_none_beyond() -> None:
 
 
 def test_held_out_noise_differs_between_quartiles() -> None:
-    noises = [draws.held_out(SEEDS[:2], (8,), q)[1] for q in range(4)]
+    noises = [draws.held_out(SEEDS[:2], (8,), q, 1000)[1] for q in range(4)]
     assert not torch.equal(noises[0], noises[1])
-    assert torch.equal(noises[2], draws.held_out(SEEDS[:2], (8,), 2)[1])
+    assert torch.equal(noises[2], draws.held_out(SEEDS[:2], (8,), 2, 1000)[1])
+
+
+@pytest.mark.parametrize("steps", [1000, 10, 4])
+def test_held_out_steps_fill_their_quarter_and_leave_none(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for quartile in range(4):
+        t, _ = draws.held_out(SEEDS, (), quartile, steps)
+        assert quartile * steps / 4 - 1 < t.min() and t.max() < (quartile + 1) * steps / 4
+    # The largest uniform number: 3 + u is 4 in float32, and row * 7 may be 7.
+    nearly_1 = torch.full((len(SEEDS),), 1 - 2**-24)
+    monkeypatch.setattr(draws.keyed_noise, "uniform", lambda *_: nearly_1)
+    assert draws.held_out(SEEDS, (), 3, steps)[0].max() == steps - 1
+    assert all(int(part.max()) == 6 for part in draws.crop_corner(SEEDS, 7))

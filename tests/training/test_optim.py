@@ -18,6 +18,7 @@ from diff_dalle.training.optim import (
     GuardedStep,
     OptimConfig,
     clip_gradients,
+    gradient_norm,
     learning_rate,
     make_optimizer,
     matrix_parameters,
@@ -250,6 +251,15 @@ def test_the_cosine_ends_at_its_share_of_the_peak() -> None:
     assert math.isclose(rate(110), 0.5) and math.isclose(rate(1000), 0.5)
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+@pytest.mark.parametrize("kind", ["generator", "classifier"])
+def test_no_warm_up_and_nothing_but_warm_up_divide_by_nothing(kind: str, schedule: str) -> None:
+    for warmup, first in ((0, 2.0), (10, 0.2)):
+        rate = rates(OptimConfig(lr=2.0, warmup_steps=warmup, lr_schedule=schedule), kind, 10)
+        assert math.isclose(rate(0), first)
+        assert all(0 <= rate(step) <= 2 for step in range(11))
+
+
 def test_linear_annealing_reaches_zero() -> None:
     by_steps = rates(OptimConfig(lr=1.0, lr_anneal_steps=50), "generator", 100)
     assert [by_steps(step) for step in (0, 10, 25, 50, 80)] == [1.0, 0.8, 0.5, 0.0, 0.0]
@@ -291,10 +301,11 @@ def test_clipping_scales_by_the_global_norm() -> None:
     unused = nn.Parameter(torch.zeros(3))
     model.weight.grad = torch.tensor([[3.0, 0.0]])
     model.bias.grad = torch.tensor([4.0])
-    assert clip_gradients([*model.parameters(), unused], 0.0) == 5.0
-    assert clip_gradients(model.parameters(), 10.0) == 5.0
-    assert torch.equal(model.bias.grad, torch.tensor([4.0]))
-    assert clip_gradients(model.parameters(), 1.0) == 5.0
+    assert gradient_norm([*model.parameters(), unused]) == 5.0
+    for never in (0.0, 10.0):
+        clip_gradients([*model.parameters(), unused], 5.0, never)
+        assert torch.equal(model.bias.grad, torch.tensor([4.0]))
+    clip_gradients([*model.parameters(), unused], 5.0, 1.0)
     torch.testing.assert_close(model.weight.grad, torch.tensor([[0.6, 0.0]]))
     torch.testing.assert_close(model.bias.grad, torch.tensor([0.8]))
 

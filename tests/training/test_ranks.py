@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diff_dalle.training.checkpoints import load_training_state
+from diff_dalle.training.checkpoints import load_training_state, load_weights
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = ROOT / "tests" / "programs" / "loop_two_ranks.py"
@@ -81,6 +81,15 @@ def test_an_interrupted_run_ends_bit_for_bit_alike(found: dict[str, Any], folder
     assert torch.equal(moments[0], moments[1])
     assert one.extra == two.extra
     assert found["order kept"]
+
+
+def test_averaged_weights_alone_start_both_ranks(found: dict[str, Any], folder: Path) -> None:
+    assert found["averages alone keep ranks equal"]
+    start = load_weights(folder / "averaged" / "ema_0.9_000002.pt").state_dict
+    state = load_training_state(folder / "from", 3)
+    for name, tensor in state.emas["0.9"].items():  # one step of averaging away from the file
+        expected = start[name] + 0.1 * (state.model[name] - start[name])
+        assert torch.allclose(tensor, expected, atol=1e-6), name
 
 
 def test_ranks_read_different_samples(found: dict[str, Any]) -> None:

@@ -196,6 +196,18 @@ def test_a_model_file_without_its_optimizer_starts_weights_alone(tmp_path: Path)
     assert start.weights is not None and start.step == 4
 
 
+def test_averaged_weights_under_the_fields_other_name_are_no_whole_checkpoint(
+    tmp_path: Path,
+) -> None:
+    trained(ToyTask(), tmp_path / "a", iterations=4)
+    path = tmp_path / "a" / "model000004_ema.pt"
+    path.write_bytes((tmp_path / "a" / "ema_0.9_000004.pt").read_bytes())
+    cfg = train_config(tmp_path / "b", resume_checkpoint=str(path))
+    start = find_start(cfg, record(), tmp_path / "b", warn=print)
+    assert start.state is None and start.step == 4
+    assert start.weights is not None and start.weights.ema_rate == 0.9
+
+
 @pytest.mark.parametrize("name", ["", "model000004.pt", "opt000004.pt"])
 def test_a_whole_checkpoint_elsewhere_is_gone_on_from_exactly(tmp_path: Path, name: str) -> None:
     trained(ToyTask(), tmp_path / "a", iterations=4)
@@ -277,10 +289,31 @@ def test_five_differences_are_shown_and_the_rest_counted(tmp_path: Path) -> None
         flags = {f"flag_{i}": value for i in range(8)}
         return dataclasses.replace(record(**flags), shaping=frozenset(flags))
 
+    trained(ToyTask(), tmp_path, iterations=1)
     (tmp_path / "config.json").write_text(json.dumps(wide(0).described()))
     with pytest.raises(UsageError, match="flag_4: 0 -> 1 and 3 more") as caught:
         check_folder(tmp_path, wide(1))
     assert str(caught.value).count("->") == 5
+
+
+def test_a_run_that_never_saved_may_start_otherwise(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(record(image_size=99).described()))
+    assert find_start(train_config(tmp_path), record(), tmp_path, warn=print).step == 0
+
+
+@pytest.mark.parametrize("name", ["progress.csv", "model010000.pt", "ema_0.9999_010000.pt"])
+def test_a_folder_of_another_program_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("step,loss\n5,0.1\n")
+    with pytest.raises(UsageError, match=f"{name} but no config.json.*--log_dir {tmp_path}/run"):
+        trained(ToyTask(), tmp_path, iterations=1)
+    assert (tmp_path / name).read_text() == "step,loss\n5,0.1\n"
+
+
+def test_a_flag_that_an_older_version_did_not_know_has_its_default(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path, iterations=1)  # its record has no norm_groups
+    assert find_start(train_config(tmp_path), record(norm_groups=32), tmp_path, print).step == 1
+    with pytest.raises(UsageError, match="norm_groups: 32 -> 8"):
+        find_start(train_config(tmp_path), record(norm_groups=8), tmp_path, warn=print)
 
 
 def test_what_may_change_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
