@@ -188,6 +188,15 @@ def test_prompts_from_shards(folder: Path, tmp_path: Path, sample: Sample) -> No
     assert (tmp_path / "out" / "grid.txt").read_text().splitlines() == ["first", "second"]
 
 
+def test_samples_without_a_caption_are_counted(
+    folder: Path, tmp_path: Path, sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_shard(tmp_path / "0.tar", [("a", png(noise(8)), "first"), ("b", png(noise(8)), " ")])
+    argv = ["--model_path", str(folder / "base.pt"), "--data_dir", str(tmp_path / "0.tar"), *FEW]
+    sample([*argv, "--log_dir", str(tmp_path / "out")])
+    assert "0.tar: skipped 1 samples without a usable caption" in capsys.readouterr().out
+
+
 def test_stage_by_stage_through_files_equals_one_run(
     folder: Path, tmp_path: Path, sample: Sample
 ) -> None:

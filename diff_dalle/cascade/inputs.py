@@ -64,11 +64,22 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
         UsageError: nothing to draw, unreadable inputs, or another number of prompts than of
             small pictures.
     """
-    prompts = read_prompts(cfg.prompts, cfg.data_dir, _shard_prompts)
-    low_res: Pictures | None = None
     notes: list[str] = []
+
+    def shard_prompts(path: str) -> list[Prompt]:
+        """The first caption of every sample that has one."""
+        dataset = _open(path, "data_dir", with_text=True)
+        found = [Prompt(text, f"{path} sample {key}") for key, text in dataset.first_captions()]
+        if len(found) < len(dataset):
+            left = len(dataset) - len(found)
+            notes.append(f"--data_dir {path}: skipped {left} samples without a usable caption")
+        return found
+
+    prompts = read_prompts(cfg.prompts, cfg.data_dir, shard_prompts)
+    low_res: Pictures | None = None
     if cfg.low_res is not None:
-        low_res, captions, notes = _read_low_res(cfg, reader)
+        low_res, captions, skipped = _read_low_res(cfg, reader)
+        notes += skipped
         prompts = prompts or captions
         if prompts and len(prompts) != len(low_res):
             raise UsageError(
@@ -81,12 +92,6 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
         prompts = [Prompt("", "no prompt")] * (1 if low_res is None else len(low_res))
     prompts = repeat_prompts(prompts, cfg.num_samples)
     return Request(prompts=prompts, low_res=low_res, notes=notes)
-
-
-def _shard_prompts(path: str) -> list[Prompt]:
-    """The first caption of every sample that has one."""
-    dataset = _open(path, "data_dir", with_text=True)
-    return [Prompt(text, f"{path} sample {key}") for key, text in dataset.first_captions()]
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:

@@ -248,7 +248,7 @@ def _require_usable(dataset: Dataset, where: str, with_text: bool) -> None:
     tried = f"{where}: {count} of {reasons.total()} samples tried cannot be used: {reason}"
     if reason in ("no caption", "empty caption"):
         key = dataset.cfg.caption_key
-        hint = f"needs .txt, or {key!r} in .json; or train without text: --cond_text False"
+        hint = f"needs .txt, or {key!r} in .json (a generator learns without: --cond_text False)"
         raise UsageError(f"{tried}; {hint}")
     if reason == "too small":
         size = dataset.image_size

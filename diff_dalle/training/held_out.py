@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from diff_dalle.distributed import World
 from diff_dalle.training.checkpoints import save_weights
 from diff_dalle.training.ema import EMA
 from diff_dalle.training.resume import RunRecord
+from diff_dalle.training.run_log import Bad
 from diff_dalle.training.tasks import Task
 
 SCORE = "val_loss"
@@ -33,13 +34,15 @@ class HeldOut:
         self._best = math.inf
         self._since_best = 0
         self._improved = False
+        self._known: set[Bad] = set()
+        self.bad: list[Bad] = []
 
     def evaluate(self) -> dict[str, float]:
         """The task's measurements, and those of the averaged weights as ``ema_…`` (a collective).
 
         The score is `SCORE` of the weights as they are.
         """
-        values = self._task.evaluate(self._batches())
+        values = self._task.evaluate(self._watched())
         score = values.get(SCORE, math.nan)
         self._improved = score < self._best
         self._since_best = 0 if self._improved else self._since_best + 1
@@ -49,6 +52,18 @@ class HeldOut:
                 averaged = self._task.evaluate(self._batches())
             values |= {f"ema_{name}": value for name, value in averaged.items()}
         return values
+
+    def _watched(self) -> Iterator[Batch]:
+        """The batches; broken samples are noted when they are met for the first time."""
+        for batch in self._batches():
+            self.bad += [sample for sample in batch.bad if sample not in self._known]
+            self._known.update(batch.bad)
+            yield batch
+
+    def take_bad(self) -> list[Bad]:
+        """This rank's broken samples that were not yet taken."""
+        taken, self.bad = self.bad, []
+        return taken
 
     def keep_best(self, folder: Path, step: int, record: RunRecord, world: World) -> None:
         """Write ``best.pt``, the weights as they are, if the last evaluation was the best."""

@@ -134,7 +134,8 @@ class Trainer:
 
     def bad_samples(self) -> list[Bad]:
         """The unusable samples of all ranks since the last call (a collective)."""
-        everyone = all_gather_objects(self.bad, self.world)
+        held_out = self.held_out.take_bad() if self.held_out else []
+        everyone = all_gather_objects(self.bad + held_out, self.world)
         self.bad = []
         return [sample for part in everyone for sample in part]
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from loop_tiny import (
 from PIL import Image
 from torch import Tensor
 
+from diff_dalle.data.batch import Batch
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.training.checkpoints import load_training_state, load_weights
@@ -143,6 +145,21 @@ def test_bad_samples_are_counted_by_reason(tmp_path: Path) -> None:
     assert [line["key"] for line in lines] == ["000001", "000006", "000007"]
     assert {line["reason"] for line in lines} == {"truncated"}
     assert [row["bad_share"] for row in rows] == [3 / 8, 0.0]
+
+
+def test_broken_held_out_samples_are_counted_once(tmp_path: Path) -> None:
+    class Reading(ToyTask):
+        def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
+            return {"val_loss": float(sum(len(batch) for batch in batches))}
+
+    def held_out_with_one_broken() -> Iterator[Batch]:
+        yield batch_of(range(4), bad=(2,))
+
+    data = Data(train=Stream(), val=held_out_with_one_broken)
+    cfg = train_config(tmp_path, iterations=4, eval_interval=1)
+    train(Reading(), data, cfg, OPTIM, record=record(), world=ALONE)
+    (line,) = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert json.loads(line)["key"] == "000002"
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
