@@ -17,7 +17,7 @@ def convert_checkpoint(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run_main(convert_checkpoint)
+    run_main(convert_checkpoint, alone=True)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ def evaluate(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run_main(evaluate)
+    run_main(evaluate, alone=True)
 
 
 if __name__ == "__main__":

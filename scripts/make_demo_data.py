@@ -18,7 +18,7 @@ def write(argv: list[str]) -> None:
 def main() -> None:
     from diff_dalle.distributed import run_main
 
-    run_main(write)
+    run_main(write, alone=True)
 
 
 if __name__ == "__main__":

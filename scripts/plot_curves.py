@@ -17,7 +17,7 @@ def plot(argv: list[str]) -> None:
 
 
 def main() -> None:
-    run_main(plot)
+    run_main(plot, alone=True)
 
 
 if __name__ == "__main__":

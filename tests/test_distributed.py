@@ -136,6 +136,12 @@ def test_torchrun_finds_the_same(tmp_path: Path) -> None:
     [
         ("usage-before-start", 2, "error: --lr is -1.0: it must be positive"),
         ("usage-on-all", 2, "error: the folder is empty: give another"),
+        (
+            "alone",
+            2,
+            "error: this script works in one process, but mpi started 2: start it "
+            "without mpiexec, srun or torchrun",
+        ),
     ],
 )
 def test_a_mistake_of_all_ranks_is_told_once(

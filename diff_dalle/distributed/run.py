@@ -32,7 +32,10 @@ _DRAIN_S = 0.3  # how long the launcher gets to read the last line
 
 
 def run_main(
-    main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
+    main: Callable[[list[str]], int | None],
+    argv: Sequence[str] | None = None,
+    *,
+    alone: bool = False,
 ) -> NoReturn:
     """Run a script's main function and end the process with the right code.
 
@@ -43,8 +46,12 @@ def run_main(
     Args:
         main: takes the arguments, returns the exit code (None is 0).
         argv: the arguments; by default the command line's.
+        alone: the script works in one process: several, which would each do and write
+            everything, are refused.
     """
     try:
+        if alone:
+            _require_one_process()
         code = main(list(sys.argv[1:] if argv is None else argv)) or 0
     except SystemExit as leaving:
         code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
@@ -60,6 +67,15 @@ def run_main(
     except BaseException as error:
         _end_failure(error)
     _end_returned(code)
+
+
+def _require_one_process() -> None:
+    launch = detect_launch(os.environ)
+    if launch.size > 1:
+        raise UsageError(
+            f"this script works in one process, but {launch.launcher} started {launch.size}: "
+            "start it without mpiexec, srun or torchrun"
+        )
 
 
 @contextmanager

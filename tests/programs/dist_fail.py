@@ -47,4 +47,4 @@ def go_wrong(how: str) -> None:
 
 
 if __name__ == "__main__":
-    run_main(main)
+    run_main(main, alone=sys.argv[1] == "alone")
