@@ -23,8 +23,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment
 
-_START, _AUGMENT, _STEP_0 = 0, 1, 2  # offsets of the noise streams of one stage
-STREAMS_PER_STAGE = 1 << 20  # more than any chain has steps, so stages never share numbers
+_START, _AUGMENT, _STEP_0 = 0, 1, 2  # noise streams; a step has one of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,6 @@ def sample_stage(
     image_size: int,
     settings: StageSettings,
     guide: Callable[[Tensor, Tensor], Tensor] | None = None,
-    stream: int = 0,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples one picture a key.
@@ -67,13 +65,11 @@ def sample_stage(
         diffusion: the full process that the generator was trained on; respaced here.
         cond: tokens or encoded text and, for an upsampler, the *clean* small picture in
             ``low_res`` [B,3,h,w] in [-1, 1]; ``aug_level`` is filled in from the settings.
-        keys: int64 [B]; all noise of a sample is a function of its key and ``stream``.
+        keys: int64 [B]; all noise of a sample is a function of its key.
         image_size: H = W of the picture, in pixels.
         settings: how to sample.
         guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
             the steps of the *respaced* process (``diffusion.respace(...)``).
-        stream: number of the first noise stream; stages of one cascade that share keys take
-            multiples of `STREAMS_PER_STAGE`.
         callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
     Returns:
         uint8 [B,3,H,W].
@@ -83,8 +79,8 @@ def sample_stage(
     diffusion = diffusion.respace(settings.timestep_respacing)
     dtype = next(generator.parameters()).dtype
 
-    def noise(offset: int, shape: tuple[int, ...]) -> Tensor:
-        return keyed_noise.normal(keys, shape, stream + offset).to(dtype)
+    def noise(stream: int, shape: tuple[int, ...]) -> Tensor:
+        return keyed_noise.normal(keys, shape, stream).to(dtype)
 
     with _evaluating(generator), torch.no_grad():
         cond = _augmented(cond, settings.aug_level, noise)
