@@ -18,7 +18,7 @@ python scripts/make_demo_data.py --source shapes --out_dir "$DATA/1024" \
 SMALL="--data_dir $DATA/256/train --val_data_dir $DATA/256/val"
 LARGE="--data_dir $DATA/1024/train --val_data_dir $DATA/1024/val"
 train train_generator --preset tiny-64 $SMALL --log_dir "$RUNS/base" --first_caption_prob 0.5 \
-    --iterations 450 --log_interval 50 --eval_interval 225 --save_interval 450
+    --iterations 400 --log_interval 50 --eval_interval 200 --save_interval 400
 train train_classifier --preset tiny-clip $SMALL --log_dir "$RUNS/clip" --batch_size 32 \
     --iterations 200 --log_interval 50 --eval_interval 100 --save_interval 200
 train train_generator --preset tiny-256 $SMALL --log_dir "$RUNS/up256" --batch_size 8 \
