@@ -125,7 +125,7 @@ class GeneratorTask:
 
     def _losses(self, model: nn.Module, batch: Batch, t: Tensor) -> LossTerms:
         """The loss of each sample [B] at steps ``t``: Ho et al. 2020, algorithm 1."""
-        x_0, cond = self._condition(batch, self._cfg.cond_drop_prob)
+        x_0, cond = self._condition(batch, training=True)
         eps = draws.noise(batch.seed, tuple(x_0.shape[1:])).to(x_0)  # [B,3,H,W]
         return self._terms(model, x_0, cond, t, eps)
 
@@ -137,24 +137,27 @@ class GeneratorTask:
             output = model(x_t, self._diffusion.model_time(t), cond)  # [B,3 or 6,H,W]
         return training_losses(self._diffusion, output, x_0, x_t, t, eps, self._loss)
 
-    def _condition(self, batch: Batch, drop_prob: float) -> tuple[Tensor, Cond]:
-        """x_0 [B,3,H,W] and what the model is told, both cropped alike where asked."""
+    def _condition(self, batch: Batch, *, training: bool) -> tuple[Tensor, Cond]:
+        """x_0 [B,3,H,W] and what the model is told, both cropped alike where asked.
+
+        Captions are dropped and small pictures blurred in training alone.
+        """
         x_0 = from_uint8(batch.image, self._dtype)
         cond = Cond()
         if self.model.cfg.cond_text:
-            drop = draws.caption_drop(batch.seed, drop_prob)
+            drop = draws.caption_drop(batch.seed, self._cfg.cond_drop_prob if training else 0.0)
             cond = Cond(tokens=batch.tokens, mask=batch.mask, drop=drop)
         if not self.model.cfg.small_size:
             return x_0, cond
-        low_res, level = self._low_res(x_0, batch.seed)
+        low_res, level = self._low_res(x_0, batch.seed, blur=self._cfg.gaussian_blur and training)
         if self._cfg.crop_size:
             x_0, low_res = random_crop(x_0, low_res, batch.seed, self._cfg.crop_size)
         return x_0, replace(cond, low_res=low_res, aug_level=level)
 
-    def _low_res(self, x_0: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
-        """The small picture [B,3,h,w], blurred and noised, and its noise level [B]."""
+    def _low_res(self, x_0: Tensor, seed: Tensor, *, blur: bool) -> tuple[Tensor, Tensor]:
+        """The small picture [B,3,h,w], noised and perhaps blurred, and its noise level [B]."""
         low_res = downsample(x_0, self.model.cfg.small_size)
-        if self._cfg.gaussian_blur:
+        if blur:
             low, high = self._cfg.blur_sigma
             sigma = draws.blur_sigma(seed, self._cfg.blur_prob, (low, high))
             low_res = gaussian_blur(low_res, sigma)
@@ -197,7 +200,7 @@ class GeneratorTask:
         self.model.eval()
         for cpu_batch in batches:
             batch = cpu_batch.to(self._world.device)
-            x_0, cond = self._condition(batch, 0.0)
+            x_0, cond = self._condition(batch, training=False)
             for quartile in range(QUARTILES):
                 t, eps = draws.held_out(
                     batch.seed, tuple(x_0.shape[1:]), quartile, self._diffusion.num_steps

@@ -157,6 +157,17 @@ def test_about_half_of_the_inputs_are_blurred() -> None:
     assert 16 < int(changed.sum()) < 48
 
 
+def test_an_evaluation_neither_blurs_nor_drops() -> None:
+    batch = batch_of(range(64))
+    cfg = GeneratorTaskConfig(aug_level_max=0.0, gaussian_blur=True, cond_drop_prob=0.5)
+    spy = Spy(GeneratorConfig(small_size=8))
+    generator_task(spy, cfg).evaluate([batch])
+    clean = downsample(batch.image.float() / 127.5 - 1, 8)
+    for _, _, cond in spy.asked:
+        assert cond.low_res is not None and torch.equal(cond.low_res, clean)
+        assert cond.drop is not None and not cond.drop.any()
+
+
 def test_captions_are_dropped_as_often_as_asked() -> None:
     batch = batch_of(range(64))
     cond = spied(GeneratorTaskConfig(cond_drop_prob=0.25), batch)
