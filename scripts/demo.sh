@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job from nothing, in about ten minutes on two cores: captioned scenes are drawn, three
+# The main job from nothing, in about eleven minutes on two cores: captioned scenes are drawn, three
 # generators and a noised CLIP train for a short while under mpiexec, and four prompts grow
 # 64 -> 256 -> 1024. Run by `make demo`; everything lies under runs/demo and data/.
 set -euo pipefail
