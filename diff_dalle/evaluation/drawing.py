@@ -6,8 +6,6 @@ For hours of drawing on several ranks use `scripts/sample.py` and score its npz 
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from numpy.typing import NDArray
 
 from diff_dalle.cascade import Cascade
 from diff_dalle.config import SampleConfig
-from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO, knob, require
+from diff_dalle.sampling_io.outputs import make_output_folder
 
 Pictures = NDArray[np.uint8]
 
@@ -51,16 +49,7 @@ class DrawingConfig:
 
     def folder(self) -> Path:
         """The folder for the report, made if missing."""
-        chosen = self.log_dir or os.environ.get("OPENAI_LOGDIR")
-        if chosen is None:
-            return Path(tempfile.mkdtemp(prefix="diff_dalle_evaluation_"))
-        try:
-            Path(chosen).mkdir(parents=True, exist_ok=True)
-        except OSError as problem:
-            raise UsageError(
-                f"--log_dir {chosen} cannot be made ({problem.strerror}): name another folder"
-            ) from problem
-        return Path(chosen)
+        return make_output_folder(self.log_dir)
 
 
 class Drawer:
