@@ -34,7 +34,7 @@ from diff_dalle.training.train_config import TrainConfig
 
 TOKENIZER_FILE = "tokenizer.json"
 _SHOWN = 5
-_OURS = ("progress.csv", "metrics.jsonl", "model*.pt", "ema_*.pt", "opt*.pt")
+_RUN_FILES = ("progress.csv", "metrics.jsonl", "model*.pt", "ema_*.pt", "opt*.pt")
 _TOKENIZER, _DATA = "tokenizer_sha256", "data"
 _FIXED = ("seed", "ema_rate", "max_train_samples")  # beside what shapes weights and process
 
@@ -171,7 +171,7 @@ def _refuse_foreign(folder: Path) -> None:
     """What another program left must not be overwritten: its logs and weights have our names."""
     if find_latest(folder) is not None:
         return  # our checkpoints tell what the run was
-    theirs = [path.name for pattern in _OURS for path in sorted(folder.glob(pattern))]
+    theirs = [path.name for pattern in _RUN_FILES for path in sorted(folder.glob(pattern))]
     if theirs:
         raise UsageError(
             f"{folder} holds {theirs[0]} but no config.json, so it is no run of ours: "
