@@ -5,15 +5,22 @@ import os
 import pytest
 import torch
 
-# Commands that tests start would choose a GPU where there is one, and two ranks share none.
-# Tests of the GPU itself run in this process, which has looked by now.
-GPUS = torch.cuda.device_count()
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
-
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_see_no_gpu() -> None:
+    """Commands that tests start would choose a GPU, and two ranks may not share one.
+
+    Here, not at import: processes that run tests would inherit it and skip the tests of the GPU,
+    which this process has opened before the variable hides it.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.init()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 # Programs that tests start under mpiexec, not tests.
