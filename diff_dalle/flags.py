@@ -105,11 +105,15 @@ def parse_with_sources(sections: Sequence[type], argv: Sequence[str], kind: str)
     """
     values, _ = Parser([SourceConfig], show_help=False).parse_known(argv)
     source = SourceConfig(**values)
+    table = read_config_file(source.config) if source.config else {}
+    named = table.pop("preset", None)
+    preset = source.preset or named
     parser = Parser([*sections, SourceConfig])
-    if source.preset is not None:
-        parser.set_defaults(preset_values(source.preset, kind), source.preset)
-    if source.config is not None:
-        parser.set_defaults(read_config_file(source.config), source.config)
+    if preset is not None:
+        parser.set_defaults(preset_values(str(preset), kind), str(preset))
+    if "config" in table:
+        raise UsageError(f"{source.config} names another file under config: put all into one")
+    parser.set_defaults(table, str(source.config))
     values = parser.parse(argv)
     return {name: value for name, value in values.items() if name not in ("preset", "config")}
 

@@ -219,6 +219,18 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
         parse_run(GeneratorRun, argv)
 
 
+def test_a_file_may_name_the_preset_but_no_other_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: tiny-256\nlr: 1e-5\n")
+    run = parse_run(GeneratorRun, ["--config", str(path)])
+    assert (run.image_size, run.generator.small_size, run.optim.lr) == (256, 64, 1e-5)
+    assert parse_run(GeneratorRun, ["--config", str(path), "--preset", "tiny-64"]).image_size == 64
+    for line, message in (("preset: tiny-25", "tiny-25"), ("config: b.yaml", "another file")):
+        path.write_text(line)
+        with pytest.raises(UsageError, match=message):
+            parse_run(GeneratorRun, ["--config", str(path)])
+
+
 def test_one_value_in_a_file_is_a_list_of_one_and_no_row_of_letters(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("index_dir: shards\nema_rate: 0.99\nattention_resolutions: 16\nlr: 3e-4\n")
