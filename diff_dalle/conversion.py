@@ -13,7 +13,7 @@ from diff_dalle.config import GeneratorRun, make_generator, to_flat
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.convert import convert_guided_diffusion
-from diff_dalle.training.checkpoints import save_weights
+from diff_dalle.training.checkpoint_file import save_weights
 
 
 @dataclass(frozen=True, kw_only=True)

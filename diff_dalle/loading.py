@@ -25,7 +25,7 @@ from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.errors import UsageError
 from diff_dalle.models.clip import NoisyCLIP
 from diff_dalle.models.generator import Generator
-from diff_dalle.training.checkpoints import Checkpoint, load_weights
+from diff_dalle.training.checkpoint_file import Checkpoint, load_weights
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator, load_classifier, load_generator
 from diff_dalle.sampling_io.config import per_stage, split_paths
 from diff_dalle.sampling_io.find import expand_paths
-from diff_dalle.training.checkpoints import read_kind
+from diff_dalle.training.checkpoint_file import read_kind
 
 NO_CLASSIFIER = "none"
 _OLD_SHARE = 0.1  # of an average, from which on its samples look untrained

@@ -16,7 +16,7 @@ from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.timesteps import make_timestep_sampler
-from diff_dalle.distributed import World, all_gather_objects
+from diff_dalle.distributed import World, all_gather_objects, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.clip import NoisyCLIP
@@ -158,14 +158,16 @@ class ClassifierTask:
             tokens.append(cpu_batch.tokens[cpu_batch.valid])  # type: ignore[index]
         self.model.train()
         everyone = all_gather_objects((images, texts, tokens), self._world)
-        if not any(len(rows) for _, _, part in everyone for rows in part):
-            return {}
-        return retrieval(
-            torch.cat([rows for part, _, _ in everyone for rows in part], dim=1),
-            torch.cat([rows for _, part, _ in everyone for rows in part]),
-            torch.cat([rows for _, _, part in everyone for rows in part]),
-            self.model.scale().cpu(),
-        )
+        values: dict[str, float] = {}
+        if self._world.is_main and any(len(rows) for _, _, part in everyone for rows in part):
+            values = retrieval(
+                torch.cat([rows for part, _, _ in everyone for rows in part], dim=1),
+                torch.cat([rows for _, part, _ in everyone for rows in part]),
+                torch.cat([rows for _, _, part in everyone for rows in part]),
+                self.model.scale().cpu(),
+            )
+        # Other numbers of threads differ in the last bit, and no rank may stop alone.
+        return broadcast_object(values, self._world)
 
     def _held_out(self, batch: Batch, quartile: int) -> Tensor:
         """Image features [B,E] at each sample's fixed step within a timestep quartile."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import require
 
 _StateDict = dict[str, Tensor]
 
@@ -22,14 +21,7 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, rates: Sequence[float]) -> None:
-        """Start every average at the module's present weights.
-
-        Raises:
-            UsageError: a rate is outside [0, 1), or stands twice.
-        """
-        for rate in rates:
-            require(0 <= rate < 1, "ema_rate", rate, "be at least 0 and below 1")
-        require(len(set(rates)) == len(rates), "ema_rate", tuple(rates), "name each rate once")
+        """Start an average for each rate, in [0, 1), at the module's present weights."""
         self.module = module
         self.rates = tuple(float(rate) for rate in rates)
         self._averages: dict[float, _StateDict] = {}

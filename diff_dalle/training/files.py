@@ -82,6 +82,12 @@ def publish(path: Path) -> None:
     sync_folder(path.parent)
 
 
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a small file in the place of another, whole or not at all, whatever happens."""
+    write_aside(path, lambda file: file.write(content))
+    publish(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Bring new names and deletions in a folder to the disk."""
     handle = os.open(folder, os.O_RDONLY)

@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from diff_dalle.data.batch import Batch
-from diff_dalle.distributed import World
-from diff_dalle.training.checkpoints import save_weights
+from diff_dalle.distributed import World, broadcast_object
+from diff_dalle.training.checkpoint_file import read_header, save_weights
 from diff_dalle.training.ema import EMA
 from diff_dalle.training.resume import RunRecord
 from diff_dalle.training.run_log import Bad
 from diff_dalle.training.tasks import Task
 
 SCORE = "val_loss"
+BEST_FILE = "best.pt"
 
 
 class HeldOut:
@@ -34,7 +35,6 @@ class HeldOut:
         self._best = math.inf
         self._since_best = 0
         self._improved = False
-        self._known: set[Bad] = set()
         self.bad: list[Bad] = []
 
     def evaluate(self) -> dict[str, float]:
@@ -46,7 +46,7 @@ class HeldOut:
         score = values.get(SCORE, math.nan)
         self._improved = score < self._best
         self._since_best = 0 if self._improved else self._since_best + 1
-        self._best = min(self._best, score) if self._improved else self._best
+        self._best = score if self._improved else self._best
         if self._ema.rates:
             with self._ema.applied(self._ema.rates[0]):
                 averaged = self._task.evaluate(self._batches())
@@ -54,10 +54,9 @@ class HeldOut:
         return values
 
     def _watched(self) -> Iterator[Batch]:
-        """The batches; broken samples are noted when they are met for the first time."""
+        """The batches; broken samples are noted."""
         for batch in self._batches():
-            self.bad += [sample for sample in batch.bad if sample not in self._known]
-            self._known.update(batch.bad)
+            self.bad += batch.bad
             yield batch
 
     def take_bad(self) -> list[Bad]:
@@ -69,14 +68,28 @@ class HeldOut:
         """Write ``best.pt``, the weights as they are, if the last evaluation was the best."""
         if self._improved and self._task.keeps_best and world.is_main:
             save_weights(
-                folder / "best.pt",
+                folder / BEST_FILE,
                 kind=record.kind,
                 config=record.config,
                 tokenizer_json=record.tokenizer_json,
                 step=step,
                 ema_rate=None,
                 state_dict=self._task.model.state_dict(),
+                score=self._best,
             )
+
+    def recall(self, folder: Path, record: RunRecord, world: World) -> None:
+        """Let no worse weights replace ``best.pt`` of the same run (a collective).
+
+        It may know of a better score than the state that the run goes on from: the run was
+        interrupted after it, or goes on from weights alone.
+        """
+        score = math.inf
+        if world.is_main and self._task.keeps_best and (folder / BEST_FILE).exists():
+            header = read_header(folder / BEST_FILE)
+            same = not record.changed(header.config, sorted(record.shaping & record.config.keys()))
+            score = header.score if same and header.score is not None else math.inf
+        self._best = min(self._best, broadcast_object(score, world))
 
     @property
     def finished(self) -> bool:

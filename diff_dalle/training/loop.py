@@ -20,18 +20,21 @@ from diff_dalle.errors import UsageError
 from diff_dalle.training.checkpoints import checkpoint_bytes
 from diff_dalle.training.files import require_room
 from diff_dalle.training.forecast import forecast
+from diff_dalle.training.lock import locked
 from diff_dalle.training.metrics import Pace
 from diff_dalle.training.optim import OptimConfig
+from diff_dalle.training.previews import Previews
 from diff_dalle.training.report import Report
 from diff_dalle.training.resume import (
     RunRecord,
     Start,
     choose_folder,
     find_start,
+    holds_run,
     named_folder,
     open_folder,
 )
-from diff_dalle.training.session import Session
+from diff_dalle.training.session import Session, choose_previews
 from diff_dalle.training.tasks import Task
 from diff_dalle.training.train_config import TrainConfig
 from diff_dalle.training.trainer import Data, Trainer
@@ -71,16 +74,25 @@ def train(
         return None
     folder = choose_folder(cfg, world)
     report.say(f"run folder: {folder}")
-    start = agreed_start(cfg, record, folder, world, report)
-    for note in start.notes:
-        report.say(note)
-    trainer = Trainer(task, data, cfg, optim, record, world)
-    trainer.begin(start)
-    if world.is_main:  # the only one that writes
-        require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
-    open_folder(folder, record, world)
-    with errors_to(folder, world):
-        run(trainer, folder, report)
+    with contextlib.ExitStack() as stack:
+        known = holds_run(folder)
+        if known and world.is_main:  # the only one that writes
+            stack.enter_context(locked(folder))
+        barrier(world)  # nobody looks for a checkpoint before the folder is ours
+        start = agreed_start(cfg, record, folder, world, report)
+        trainer = Trainer(task, data, cfg, optim, record, world)
+        trainer.begin(start)
+        del start  # as large as the model, its averages and the optimizer together
+        if trainer.held_out is not None:
+            trainer.held_out.recall(folder, record, world)
+        previews = choose_previews(trainer)
+        if world.is_main:
+            require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
+            if not known:
+                stack.enter_context(locked(folder))
+        open_folder(folder, record, world)
+        with errors_to(folder, world):
+            run(trainer, previews, folder, report)
     report.say(f"run folder: {folder}")
     return folder
 
@@ -88,7 +100,7 @@ def train(
 def agreed_start(
     cfg: TrainConfig, record: RunRecord, folder: Path, world: World, report: Report
 ) -> Start:
-    """Where the run begins, the same on every rank (a collective).
+    """Where the run begins, the same on every rank, and say so (a collective).
 
     Raises:
         UsageError: see `find_start`; or the ranks see different files.
@@ -100,13 +112,15 @@ def agreed_start(
             f"the ranks find different checkpoints in {folder} (steps {min(steps)} to "
             f"{max(steps)}): give a --log_dir that all machines share, and start again"
         )
+    for note in start.notes:
+        report.say(note)
     return start
 
 
-def run(trainer: Trainer, folder: Path, report: Report) -> Pace:
+def run(trainer: Trainer, previews: Previews | None, folder: Path, report: Report) -> Pace:
     """Step until the end, and keep what is worth keeping on the way."""
     cfg, pace = trainer.cfg, Pace()
-    session = Session(trainer, folder, report)
+    session = Session(trainer, previews, folder, report)
     batches = trainer.data.train(trainer.samples)
     report.start(trainer.step, cfg.iterations)
     try:
@@ -139,25 +153,30 @@ def try_out(
 
     Every rank takes part. Everything is written to a temporary folder, which is removed.
     """
-    named = named_folder(cfg)
+    named, size = named_folder(cfg), checkpoint_bytes(task.model, len(cfg.ema_rate))
     start = Start() if named is None else agreed_start(cfg, record, named, world, report)
     if named is not None and world.is_main:
-        require_room(named, checkpoint_bytes(task.model, len(cfg.ema_rate)), make=False)
+        require_room(named, size, make=False)
+    first = start.step
+    short = dataclasses.replace(
+        cfg,
+        iterations=first + cfg.dry_run,
+        save_interval=cfg.dry_run,
+        eval_interval=cfg.dry_run if cfg.eval_interval else 0,
+        num_preview=world.size,
+        report_to="none",
+    )
+    trainer = Trainer(task, data, short, optim, record, world)
+    trainer.begin(start)
+    del start
+    previews = choose_previews(trainer)
     with _temporary_folder(world) as folder:
-        short = dataclasses.replace(
-            cfg,
-            iterations=start.step + cfg.dry_run,
-            save_interval=cfg.dry_run,
-            eval_interval=cfg.dry_run if cfg.eval_interval else 0,
-            num_preview=world.size,
-            report_to="none",
-        )
-        trainer = Trainer(task, data, short, optim, record, world)
-        trainer.begin(start)
-        pace = run(trainer, folder, report)
+        if world.is_main:
+            require_room(folder, size, checkpoints=1)
+        pace = run(trainer, previews, folder, report)
         # Other machines may not see the folder, which lies on rank 0's.
         files = sorted(path.name for path in folder.iterdir()) if world.is_main else []
-    report.say(forecast(cfg, task.model, start.step, pace, named, files, world))
+    report.say(forecast(cfg, task.model, first, pace, named, files, world))
 
 
 @contextlib.contextmanager

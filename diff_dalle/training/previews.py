@@ -6,7 +6,7 @@ picture. The ranks share the columns.
 
 from __future__ import annotations
 
-import os
+import io
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from diff_dalle.distributed import World, all_gather_objects
 from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.training.ema import EMA
+from diff_dalle.training.files import write_whole
 from diff_dalle.training.tasks import Task
 
 
@@ -54,13 +55,14 @@ class Previews:
         pictures = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         grid = np.concatenate([np.concatenate(list(row), axis=1) for row in pictures.values()])
         name = f"samples_{step:06d}"
-        aside = folder / f"{name}.tmp.png"
-        Image.fromarray(grid).save(aside)
-        os.replace(aside, folder / f"{name}.png")
+        picture = io.BytesIO()
+        Image.fromarray(grid).save(picture, "PNG")
+        write_whole(folder / f"{name}.png", picture.getvalue())
         captions = [caption for _, part in everyone for caption in part]
         lines = [f"rows: {', '.join(pictures)}"]
         lines += [f"column {i}: {caption}" for i, caption in enumerate(captions, 1)]
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        text = "\n".join(lines) + "\n"
+        write_whole(folder / f"{name}.txt", text.encode("utf-8", "surrogatepass"))
         return grid
 
     def _rows(self, ema: EMA) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ silently change what is learned.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,21 +19,20 @@ from typing import Any
 from diff_dalle.distributed import World, barrier, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
+from diff_dalle.training.checkpoint_file import Checkpoint, load_weights, parse_name
 from diff_dalle.training.checkpoints import (
-    Checkpoint,
     TrainingState,
     complete_steps,
     differences,
     find_latest,
     load_latest,
     load_training_state,
-    load_weights,
-    parse_name,
+    saved_steps,
 )
-from diff_dalle.training.files import publish, write_aside
+from diff_dalle.training.files import write_whole
 from diff_dalle.training.train_config import TrainConfig
 
-TOKENIZER_FILE = "tokenizer.json"
+CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 _SHOWN = 5
 _RUN_FILES = ("progress.csv", "metrics.jsonl", "model*.pt", "ema_*.pt", "opt*.pt")
 _TOKENIZER, _DATA = "tokenizer_sha256", "data"
@@ -123,7 +123,7 @@ def find_start(
     """
     check_folder(folder, record)
     wanted = cfg.resume_checkpoint
-    if wanted == AUTO:
+    if wanted == AUTO or (saved_steps(folder) and wanted == _last_asked(folder)):
         state = load_latest(folder, warn)
         return _exact(state, record) if state else _fresh(cfg, record)
     if wanted in ("", "none"):
@@ -139,14 +139,30 @@ def find_start(
     return start
 
 
+def _last_asked(folder: Path) -> str | None:
+    """The ``--resume_checkpoint`` with which the run in a folder was last started.
+
+    Given once more, it is the same command after an interruption: the run goes on.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        asked = json.loads((folder / CONFIG_FILE).read_bytes()).get("resume_checkpoint")
+        return str(asked) if asked not in ("", "none") else None
+    return None
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, of whatever kind."""
+    return (folder / CONFIG_FILE).exists()
+
+
 def check_folder(folder: Path, record: RunRecord) -> None:
     """Refuse a folder that holds another run.
 
     Raises:
         UsageError: lists up to five fields that differ, saved -> given, and another folder.
     """
-    path = folder / "config.json"
-    if not path.exists():
+    path = folder / CONFIG_FILE
+    if not holds_run(folder):
         _refuse_foreign(folder)
         return
     try:
@@ -161,7 +177,7 @@ def check_folder(folder: Path, record: RunRecord) -> None:
             f"{folder} holds a {kind} run, this is a {record.kind} run: "
             f"give --log_dir {_subfolder(folder, record.kind)}"
         )
-    if find_latest(folder) is None:
+    if not saved_steps(folder):
         return  # it never came to a checkpoint: nothing would be continued otherwise than begun
     found = record.changed(saved, record.fixed)
     _refuse(found, f"{folder} holds a run", f"--log_dir {_subfolder(folder, 'again')}")
@@ -169,7 +185,7 @@ def check_folder(folder: Path, record: RunRecord) -> None:
 
 def _refuse_foreign(folder: Path) -> None:
     """What another program left must not be overwritten: its logs and weights have our names."""
-    if find_latest(folder) is not None:
+    if saved_steps(folder):
         return  # our checkpoints tell what the run was
     theirs = [path.name for pattern in _RUN_FILES for path in sorted(folder.glob(pattern))]
     if theirs:
@@ -188,15 +204,14 @@ def open_folder(folder: Path, record: RunRecord, world: World) -> None:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(record.described(), indent=1, ensure_ascii=False) + "\n"
-        _write(folder / "config.json", text)
+        _write(folder / CONFIG_FILE, text)
         if record.tokenizer_json is not None:
             _write(folder / TOKENIZER_FILE, record.tokenizer_json)
     barrier(world)
 
 
 def _write(path: Path, text: str) -> None:
-    write_aside(path, lambda file: file.write(text.encode("utf-8", "surrogatepass")))
-    publish(path)
+    write_whole(path, text.encode("utf-8", "surrogatepass"))
 
 
 def _fresh(cfg: TrainConfig, record: RunRecord) -> Start:

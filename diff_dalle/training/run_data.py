@@ -6,20 +6,19 @@ one trained on their own captions.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.loader import DataConfig, Dataset, eval_batches, open_data, train_batches
 from diff_dalle.data.tokenizer import Tokenizer
-from diff_dalle.distributed import World, broadcast_object
+from diff_dalle.distributed import World, all_gather_objects, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.training.checkpoints import load_weights
-from diff_dalle.training.resume import TOKENIZER_FILE
+from diff_dalle.training.checkpoint_file import read_header
+from diff_dalle.training.resume import TOKENIZER_FILE, named_folder
 from diff_dalle.training.train_config import TrainConfig
 from diff_dalle.training.trainer import Data
 
@@ -74,6 +73,7 @@ def open_run_data(
 
     dataset = opened("train")
     held_out = opened("val") if cfg.val_data_dir else None
+    _require_same_data([dataset] if held_out is None else [dataset, held_out], world)
     tokenizer, text_length = None, 0
     if text is not None:
         tokenizer = choose_tokenizer(cfg, train, dataset, text.vocab_size, world)
@@ -96,7 +96,7 @@ def open_run_data(
             held_out,
             tokenizer=tokenizer,
             text_length=text_length,
-            batch_size=train.batch_size,
+            batch_size=_held_out_batch(train, len(held_out), world),
             rank=world.rank,
             world=world.size,
             max_samples=train.eval_samples,
@@ -104,6 +104,32 @@ def open_run_data(
 
     batches = Data(train=training, val=evaluation if held_out else None, tokenizer=tokenizer)
     return RunData(batches=batches, tokenizer=tokenizer, fingerprint=dataset.fingerprint)
+
+
+def _held_out_batch(train: TrainConfig, samples: int, world: World) -> int:
+    """How many held-out samples a rank takes at once: what memory was granted, but no padding.
+
+    Two at least: a caption is compared with its neighbour's.
+    """
+    share = -(-min(train.eval_samples, samples) // world.size)
+    granted = train.microbatch if train.microbatch > 0 else train.batch_size
+    return max(2, min(granted, train.batch_size, share))
+
+
+def _require_same_data(datasets: Sequence[Dataset], world: World) -> None:
+    """Refuse to start where ranks see different shards: each would have an order of its own.
+
+    Raises:
+        UsageError: says which rank sees what.
+    """
+    seen = [(data.fingerprint, len(data.shards), len(data)) for data in datasets]
+    for rank, other in enumerate(all_gather_objects(seen, world)):
+        for (here, shards, samples), (there, *its) in zip(seen, other, strict=True):
+            if here != there:
+                raise UsageError(
+                    f"rank {world.rank} sees {shards} shards with {samples} samples, rank {rank} "
+                    f"sees {its[0]} with {its[1]}, or other ones: give all machines the same data"
+                )
 
 
 def choose_tokenizer(
@@ -131,15 +157,22 @@ def _find_or_train(cfg: DataConfig, train: TrainConfig, dataset: Dataset, vocab_
     if cfg.tokenizer is not None:
         return Tokenizer.load(cfg.tokenizer).to_json()
     for start in (train.init_checkpoint, train.resume_checkpoint):
-        if start not in (None, "", "none", AUTO) and Path(start).is_file():
-            carried = load_weights(start).tokenizer_json
+        if start not in (None, "", "none", AUTO):
+            carried = _carried(Path(start))
             if carried is not None:
                 return carried
-    folder = train.log_dir or os.environ.get("OPENAI_LOGDIR")
-    stored = Path(folder, TOKENIZER_FILE) if folder else None
-    if stored is not None and stored.is_file():
-        return Tokenizer.load(stored).to_json()
+    folder = named_folder(train)
+    if folder is not None and (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(folder / TOKENIZER_FILE).to_json()
     if dataset.tokenizer_path is not None:
         return Tokenizer.load(dataset.tokenizer_path).to_json()
     captions = dataset.captions(_CAPTIONS)
     return Tokenizer.train(captions, vocab_size or _VOCABULARY).to_json()
+
+
+def _carried(start: Path) -> str | None:
+    """The tokenizer of a run folder or of one of its files, if there is one."""
+    if start.is_dir():
+        stored = start / TOKENIZER_FILE
+        return Tokenizer.load(stored).to_json() if stored.is_file() else None
+    return read_header(start).tokenizer_json if start.is_file() else None

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import json
-import os
 import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
+from diff_dalle.training.files import write_whole
 
 Bad = tuple[str, str, str]
 """A sample that could not be used: its shard, its key and the reason."""
@@ -44,6 +45,8 @@ class RunLog:
     def __init__(self, writers: Sequence[Writer], bad_samples: JsonLines | None = None) -> None:
         self._writers = writers
         self._bad_samples = bad_samples
+        rows = bad_samples.rows if bad_samples else []
+        self._known = {(row["shard"], row["key"], row["reason"]) for row in rows}
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the values of one step."""
@@ -56,9 +59,13 @@ class RunLog:
             writer.image(step, name, picture)
 
     def bad(self, step: int, samples: Sequence[Bad]) -> None:
-        """Record samples that could not be used, one line each."""
-        if self._bad_samples is not None:
-            for shard, key, reason in samples:
+        """Record samples that could not be used, one line each, however often they are met."""
+        if self._bad_samples is None:
+            return
+        for sample in samples:
+            if sample not in self._known:
+                self._known.add(sample)
+                shard, key, reason = sample
                 row = {"step": step, "shard": shard, "key": key, "reason": reason}
                 self._bad_samples.append(row)
 
@@ -136,15 +143,14 @@ class CsvTable:
             csv.DictWriter(file, self._columns).writerow({"step": step, **values})
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        """The whole table anew, aside and renamed, so that a crash loses no row."""
+        """The whole table anew, so that a crash at any instant loses no row."""
         for row in rows:
             self._columns += [name for name in row if name not in self._columns]
-        aside = self._path.with_suffix(".tmp")
-        with aside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self._columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(aside, self._path)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, self._columns)
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self._path, table.getvalue().encode())
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """A table holds no pictures."""
@@ -159,21 +165,25 @@ def _complete(row: dict[str | Any, Any]) -> bool:
 
 
 class JsonLines:
-    """One JSON object a line, each with its ``step``."""
+    """One JSON object a line, each with its ``step``.
+
+    Attributes:
+        rows: the objects that stood there at the start and were kept.
+    """
 
     def __init__(self, path: Path, start_step: int) -> None:
         self._path = path
+        self.rows: list[dict[str, Any]] = []
         if path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = "".join(line for line in lines if _step_of(line) <= start_step)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(kept, encoding="utf-8")
-            os.replace(aside, path)
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if _step_of(line) <= start_step]
+            self.rows = [json.loads(line) for line in kept]
+            write_whole(path, b"".join(kept))
 
     def append(self, row: dict[str, Any]) -> None:
         """Append one object."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        with self._path.open("a", encoding="ascii") as file:  # names that are no UTF-8 escaped
+            file.write(json.dumps(row) + "\n")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Append the values of one step."""
@@ -186,10 +196,10 @@ class JsonLines:
         """Every line is on disk already."""
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     """The step of a line; infinite for one that a crash tore."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else float("inf")
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else float("inf")
     except (ValueError, KeyError, TypeError):
         return float("inf")
 

@@ -14,16 +14,24 @@ from diff_dalle.training.trainer import Trainer
 class Session:
     """Keeps what is worth keeping of a run, while it lasts.
 
+    Args:
+        trainer: what trains.
+        previews: what the run's grids show, see `choose_previews`; None for no grids.
+        folder: the run folder.
+        report: what the user sees.
+
     Attributes:
         log: where measurements go; to be closed at the end.
         stopped: whether the held-out loss asks for an early end.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, report: Report) -> None:
+    def __init__(
+        self, trainer: Trainer, previews: Previews | None, folder: Path, report: Report
+    ) -> None:
         self._trainer = trainer
         self._folder = folder
         self._report = report
-        self._previews = choose_previews(trainer)
+        self._previews = previews
         self.stopped = trainer.held_out is not None and trainer.held_out.finished
         self.log = open_log(
             folder if trainer.world.is_main else None,

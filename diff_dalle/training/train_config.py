@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from diff_dalle.knobs import AUTO, AutoInt, Floats, knob, require
+from diff_dalle.training.run_log import reporter_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,11 @@ class TrainConfig:
         )
         if self.num_preview != AUTO:
             require(int(self.num_preview) >= 0, "num_preview", self.num_preview, "be 0 or more")
+        for rate in self.ema_rate:
+            require(0 <= rate < 1, "ema_rate", rate, "be at least 0 and below 1")
+        once = len(set(self.ema_rate)) == len(self.ema_rate)
+        require(once, "ema_rate", self.ema_rate, "name each rate once")
+        reporter_names(self.report_to)
         explicit = self.resume_checkpoint not in (AUTO, "none", "")
         require(
             not (explicit and self.init_checkpoint),

@@ -20,7 +20,8 @@ from diff_dalle.distributed import (
 )
 from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
-from diff_dalle.training.checkpoints import Checkpoint, save_checkpoint
+from diff_dalle.training.checkpoint_file import Checkpoint
+from diff_dalle.training.checkpoints import save_checkpoint
 from diff_dalle.training.digests import require_same_on_all_ranks
 from diff_dalle.training.ema import EMA
 from diff_dalle.training.held_out import HeldOut
@@ -69,6 +70,7 @@ class Trainer:
         self.optimizer = make_optimizer(task.model, optim, world)
         self.guard = GuardedStep(self.optimizer, task.precision, optim, world)
         self.held_out = HeldOut(task, self.ema, data.val) if data.val else None
+        self._held_out_state: dict[str, Any] | None = None  # of a run that had held-out data
         self.meter = Meter(world.device)
         self.step = 0
         self.samples = 0  # of all ranks
@@ -165,7 +167,7 @@ class Trainer:
             "precision": self.task.precision.state_dict(),
             "guard": self.guard.state_dict(),
             "task": self.task.state_dict(),
-            "held_out": self.held_out.state_dict() if self.held_out else None,
+            "held_out": self.held_out.state_dict() if self.held_out else self._held_out_state,
         }
 
     def _load_extra(self, extra: dict[str, Any]) -> None:
@@ -173,6 +175,7 @@ class Trainer:
         self.task.precision.load_state_dict(extra["precision"])
         self.guard.load_state_dict(extra["guard"])
         self.task.load_state_dict(extra["task"])
+        self._held_out_state = extra["held_out"]
         if self.held_out and extra["held_out"]:
             self.held_out.load_state_dict(extra["held_out"])
 

@@ -15,7 +15,7 @@ from diff_dalle.config import ClassifierRun, GeneratorRun, from_flat, to_flat
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.models.clip import NoisyCLIP
 from diff_dalle.models.generator import Generator
-from diff_dalle.training.checkpoints import save_weights
+from diff_dalle.training.checkpoint_file import save_weights
 
 CAPTIONS = ["a red circle", "a large blue square above a small star", "파란 별 위의 빨간 원"]
 TEXT = {"text_length": 32}

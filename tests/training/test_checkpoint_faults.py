@@ -16,13 +16,13 @@ from torch import Tensor
 
 from diff_dalle.errors import UsageError
 from diff_dalle.training import files
+from diff_dalle.training.checkpoint_file import save_weights
 from diff_dalle.training.checkpoints import (
     checkpoint_bytes,
     find_latest,
     load_latest,
     load_training_state,
     save_checkpoint,
-    save_weights,
 )
 from diff_dalle.training.files import file_digest, require_room
 

@@ -17,17 +17,16 @@ import torch
 from torch import Tensor
 
 from diff_dalle.errors import UsageError
-from diff_dalle.training import checkpoints
+from diff_dalle.training import checkpoint_file
+from diff_dalle.training.checkpoint_file import load_weights, parse_name, save_weights
 from diff_dalle.training.checkpoints import (
     complete_steps,
     differences,
     find_latest,
     load_latest,
     load_training_state,
-    load_weights,
-    parse_name,
     save_checkpoint,
-    save_weights,
+    saved_steps,
 )
 from diff_dalle.training.digests import digests_of, tensor_digest
 from diff_dalle.training.files import file_digest
@@ -176,8 +175,32 @@ def test_the_newest_complete_step_counts(tmp_path: Path) -> None:
     assert find_latest(tmp_path) == 100
     (tmp_path / "manifest000100.json").write_text("{")
     assert find_latest(tmp_path) == 9
-    with pytest.raises(UsageError, match=r"no complete checkpoint of step 100.*one of \[9\]"):
+    with pytest.raises(UsageError, match="manifest000100.json is damaged"):
         load_training_state(tmp_path, 100)
+    with pytest.raises(UsageError, match=r"no complete checkpoint of step 7.*one of \[9\]"):
+        load_training_state(tmp_path, 7)
+    assert saved_steps(tmp_path) == [9, 100, 1_000_000]
+    warnings: list[str] = []
+    state = load_latest(tmp_path, warnings.append)
+    assert state is not None and state.step == 9
+    assert [line.split(" cannot")[0] for line in warnings] == ["step 1000000", "step 100"]
+
+
+def test_a_checkpoint_without_one_of_its_files_is_not_forgotten(tmp_path: Path) -> None:
+    """Someone made room: the run must not begin anew as if nothing had been there."""
+    save(tmp_path, 7)
+    (tmp_path / "opt000007.pt").unlink()
+    with pytest.raises(UsageError, match=r"no checkpoint .*opt000007.pt is missing.*put the files"):
+        load_latest(tmp_path, lambda line: None)
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_passed_over(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+    path = tmp_path / "manifest000002.json"
+    path.write_text(path.read_text().replace('"version": 1', '"version": 2'))
+    with pytest.raises(UsageError, match="has format 2, this diff_dalle reads up to 1"):
+        load_latest(tmp_path, pytest.fail)  # type: ignore[arg-type]
 
 
 def test_leftovers_are_ignored_and_swept(tmp_path: Path) -> None:
@@ -226,7 +249,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path: Path) -> No
             archive.writestr("archive/data.pkl", pickle.dumps(Payload(canary)))
             archive.writestr("archive/version", "3")
 
-    ours = {"format": checkpoints.FORMAT, "version": 1, "extra": Payload(canary)}
+    ours = {"format": checkpoint_file.FORMAT, "version": 1, "extra": Payload(canary)}
     makers: list[Callable[[Path], object]] = [
         lambda p: p.write_bytes(b""),
         lambda p: p.write_text("<html>404 Not Found</html>"),
@@ -253,7 +276,7 @@ def test_what_is_no_checkpoint_is_refused_and_runs_nothing(tmp_path: Path) -> No
 
 
 def test_a_newer_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "VERSION", 2)
+    monkeypatch.setattr(checkpoint_file, "VERSION", 2)
     save(tmp_path, 1)
     monkeypatch.undo()
     with pytest.raises(UsageError, match="has format 2, this diff_dalle reads up to 1"):
@@ -315,7 +338,7 @@ def test_a_rotten_checkpoint_gives_way_to_the_one_before(tmp_path: Path) -> None
     for step in (1, 2):
         path = tmp_path / f"opt{step:06d}.pt"
         path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(UsageError, match="all 2 checkpoints .* are damaged"):
+    with pytest.raises(UsageError, match="no checkpoint in .* can be used .*opt000002.pt"):
         load_latest(tmp_path, lambda line: None)
 
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from diff_dalle.errors import UsageError
 from diff_dalle.training.ema import EMA
+from diff_dalle.training.train_config import TrainConfig
 
 
 def model_with_buffer() -> nn.Module:
@@ -74,9 +75,12 @@ def test_other_rates_are_refused() -> None:
     states = EMA(model_with_buffer(), (0.9, 0.99)).state_dicts()
     with pytest.raises(UsageError, match="--ema_rate is 0.9,0.5, but the checkpoint has 0.9,0.99"):
         ema.load_state_dicts(states)
-    for rates in ((1.0,), (-0.1,), (0.9, 0.9)):
-        with pytest.raises(UsageError, match="--ema_rate"):
-            EMA(model_with_buffer(), rates)
+
+
+@pytest.mark.parametrize("rates", [(1.0,), (-0.1,), (0.9, 0.9)])
+def test_impossible_rates_are_refused_before_any_work(rates: tuple[float, ...]) -> None:
+    with pytest.raises(UsageError, match="--ema_rate"):
+        TrainConfig(ema_rate=rates)
 
 
 def test_applied_puts_the_average_in_and_the_weights_back() -> None:

@@ -28,7 +28,9 @@ from torch import Tensor
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
-from diff_dalle.training.checkpoints import load_training_state, load_weights
+from diff_dalle.training.checkpoint_file import load_weights
+from diff_dalle.training.checkpoints import load_training_state
+from diff_dalle.training.lock import locked
 from diff_dalle.training.loop import Data, TrainConfig, train
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.previews import plan_previews, read_prompts
@@ -67,6 +69,7 @@ def test_training_learns_and_writes_what_it_promises(
     assert rows[-1]["eta"] == 0
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
+        ".lock",
         "config.json", "tokenizer.json", "progress.csv", "metrics.jsonl",
         "model000030.pt", "ema_0.9_000030.pt", "opt000030.pt", "manifest000030.json",
         "model000060.pt", "ema_0.9_000060.pt", "opt000060.pt", "manifest000060.json",
@@ -171,6 +174,47 @@ def test_the_best_weights_are_kept(tmp_path: Path) -> None:
     assert (best.step, best.kind, best.ema_rate) == (2, "generator", None)
     for name, weights in load_training_state(tmp_path, 2).model.items():
         assert torch.equal(best.state_dict[name], weights)
+
+
+@pytest.mark.parametrize("start", ["the beginning", "weights alone", "other data in between"])
+def test_no_worse_weights_replace_the_best(tmp_path: Path, start: str) -> None:
+    run = {"iterations": 2, "eval_interval": 1}
+    trained(ToyTask(scores=[0.5]), tmp_path, **run)
+    more: dict[str, object] = {"iterations": 4, "eval_interval": 1}
+    if start == "the beginning":  # it never came to a checkpoint
+        (tmp_path / "manifest000002.json").unlink()
+    elif start == "weights alone":
+        more["resume_checkpoint"] = str(tmp_path / "ema_0.9_000002.pt")
+    else:
+        cfg = train_config(tmp_path, iterations=3, eval_interval=1)
+        train(ToyTask(), Data(train=Stream()), cfg, OPTIM, record=record(), world=ALONE)
+        (tmp_path / "best.pt").unlink()  # what the checkpoints remember counts
+        trained(ToyTask(scores=[0.6, 9.0]), tmp_path, **more)
+        assert not (tmp_path / "best.pt").exists()
+        return
+    trained(ToyTask(scores=[0.7, 9.0, 0.6, 9.0, 0.4, 9.0, 0.8, 9.0]), tmp_path, **more)
+    best = load_weights(tmp_path / "best.pt")
+    assert (best.step, best.score) == ((3, 0.4) if start == "the beginning" else (1, 0.5))
+
+
+def test_a_run_of_other_settings_replaces_the_best(tmp_path: Path) -> None:
+    trained(ToyTask(scores=[0.5]), tmp_path, iterations=1, eval_interval=1)
+    (tmp_path / "manifest000001.json").unlink()
+    cfg = train_config(tmp_path, iterations=1, eval_interval=1)
+    data = Data(train=Stream(), val=held_out)
+    other = record(image_size=32)
+    train(ToyTask(scores=[0.9]), data, cfg, OPTIM, record=other, world=ALONE)
+    assert load_weights(tmp_path / "best.pt").score == 0.9
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path, iterations=1)
+    with (
+        locked(tmp_path),
+        pytest.raises(UsageError, match=r"is in use by another run \(process \d+ on .*--log_dir"),
+    ):
+        trained(ToyTask(), tmp_path, iterations=2)
+    trained(ToyTask(), tmp_path, iterations=2)
 
 
 def test_a_task_may_keep_no_best(tmp_path: Path) -> None:

@@ -118,6 +118,19 @@ def test_a_row_torn_by_a_crash_is_dropped(tmp_path: Path) -> None:
     assert [row["step"] for row in lines(tmp_path, "metrics.jsonl")] == [1, 2]
 
 
+def test_a_bad_sample_is_listed_once_however_often_it_is_met(tmp_path: Path) -> None:
+    odd = ("\udcc7\u00d1.tar", "a\u2028b", "too small")  # a folder name that is no UTF-8
+    plain = ("a.tar", "1", "truncated")
+    log = quiet_log(tmp_path)
+    log.bad(1, [odd, plain, plain])
+    log.bad(2, [plain, ("a.tar", "2", "truncated")])
+    resumed = quiet_log(tmp_path, start_step=1)  # what came after step 1 will be met again
+    resumed.bad(2, [plain, odd, ("a.tar", "2", "truncated")])
+    found = lines(tmp_path, "bad_samples.jsonl")
+    assert [(row["step"], row["key"]) for row in found] == [(1, "a\u2028b"), (1, "1"), (2, "2")]
+    assert found[0]["shard"] == odd[0]
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     log = open_log(None, "tensorboard", start_step=0, config={})

@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diff_dalle.training.checkpoints import load_training_state, load_weights
+from diff_dalle.training.checkpoint_file import load_weights
+from diff_dalle.training.checkpoints import load_training_state
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = ROOT / "tests" / "programs" / "loop_two_ranks.py"

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.errors import UsageError
-from diff_dalle.training.checkpoints import load_training_state, load_weights
+from diff_dalle.training.checkpoint_file import load_weights
+from diff_dalle.training.checkpoints import load_training_state
 from diff_dalle.training.generator_task import GeneratorTaskConfig
 from diff_dalle.training.loop import Data, RunRecord, train
 from diff_dalle.training.precision import PrecisionConfig
@@ -327,6 +328,29 @@ def test_without_resume_a_folder_with_checkpoints_is_not_overwritten(tmp_path: P
     cfg = train_config(tmp_path, resume_checkpoint="none")
     with pytest.raises(UsageError, match="already holds step 2.*auto"):
         find_start(cfg, record(), tmp_path, warn=print)
+
+
+def test_the_same_command_goes_on_even_where_it_names_a_checkpoint(tmp_path: Path) -> None:
+    before = trained(ToyTask(), tmp_path / "before", iterations=2)
+    folder, weights = tmp_path / "run", str(before / "ema_0.9_000002.pt")
+    cfg, asked = train_config(folder, resume_checkpoint=weights), record(resume_checkpoint=weights)
+    train(ToyTask(), Data(train=Stream()), cfg, OPTIM, record=asked, world=ALONE)
+    start = find_start(cfg, asked, folder, warn=print)
+    assert start.state is not None and start.step == 3
+    other = train_config(folder, resume_checkpoint=str(before / "model000002.pt"))
+    with pytest.raises(UsageError, match="already holds step 3"):
+        find_start(other, record(), folder, warn=print)
+
+
+def test_a_folder_whose_checkpoint_lost_a_file_is_still_a_run(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path, iterations=2)
+    (tmp_path / "opt000002.pt").unlink()
+    table = (tmp_path / "progress.csv").read_bytes()
+    with pytest.raises(UsageError, match="opt000002.pt is missing"):
+        trained(ToyTask(), tmp_path, iterations=2)
+    with pytest.raises(UsageError, match="image_size"):
+        check_folder(tmp_path, record(image_size=32))
+    assert (tmp_path / "progress.csv").read_bytes() == table
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_loudly(tmp_path: Path) -> None:
