@@ -117,7 +117,7 @@ Run = TypeVar("Run", GeneratorRun, ClassifierRun)
 Section = TypeVar("Section")
 
 # What shapes weights or the noise process: it must agree wherever it is stated twice.
-_RUN_TIME = {"dropout", "dropout_text", "use_checkpoint", "vocab_size", "sigma_small"}
+_RUN_TIME = {"dropout", "dropout_text", "use_checkpoint", "vocab_size"}
 _SHAPING = (UNetConfig, TextEncoderConfig, GeneratorConfig, ProcessConfig, CLIPConfig)
 
 

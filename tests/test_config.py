@@ -279,6 +279,7 @@ def test_unknown_keys_of_a_newer_version_are_refused() -> None:
 def test_run_time_choices_do_not_shape_weights() -> None:
     names = shaping_fields()
     assert {"num_channels", "noise_schedule", "text_length", "classifier_width"} <= names
+    assert "sigma_small" in names  # the checkpoint decides it: sampling compares, never ignores
     assert not {"dropout", "use_checkpoint", "lr", "batch_size", "use_fp16"} & names
 
 

@@ -147,6 +147,8 @@ def test_stated_flags_are_accepted_where_they_agree_and_refused_where_not(
     assert "fp32" in capsys.readouterr().out
     with pytest.raises(UsageError, match="--num_res_blocks is 3"):
         sample([*argv, "--num_res_blocks", "3"])
+    with pytest.raises(UsageError, match="--sigma_small is True.* trained with False"):
+        sample([*argv, "--sigma_small", "True"])
 
 
 def test_prompts_from_a_file_are_repeated_and_long_ones_named(

@@ -54,7 +54,9 @@ class ProcessConfig:
     prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
     predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
     rescale_timesteps: bool = knob(False, "tell the network a time in 0..1000 at any step count")
-    sigma_small: bool = knob(False, "without --learn_sigma: the smaller of the fixed variances")
+    sigma_small: bool = knob(
+        False, "without --learn_sigma: the smaller fixed variance at every step count"
+    )
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""

@@ -115,6 +115,28 @@ def test_the_density_becomes_exact(name: str) -> None:
     assert fine < 0.02
 
 
+def test_the_density_becomes_exact_with_the_larger_variance() -> None:
+    """Both fixed variances have one limit; only `GaussianDiffusion.respace` swaps them."""
+    errors = []
+    for spec in ("8", "32", "128"):
+        large = GaussianDiffusion(BASE.respace(spec), variance="fixed_large")
+        errors.append(distance(draw("ddpm", network(), large)))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.02
+
+
+@pytest.mark.parametrize("spec", ["12", "50"])
+def test_few_steps_draw_sharp_data_with_the_smaller_variance(
+    spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given its noised self an image is nearly a point, so beta adds noise that nothing removes."""
+    monkeypatch.setitem(globals(), "STDS", torch.full((2,), 0.02, dtype=torch.float64))
+    asked_for = GaussianDiffusion(BASE, variance="fixed_large")
+    kept = GaussianDiffusion(BASE.respace(spec), variance="fixed_large")
+    found = distance(draw("ddpm", network(), asked_for.respace(spec)))
+    assert found < 0.7 * distance(draw("ddpm", network(), kept))
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_guidance_by_the_exact_classifier_gives_the_component(name: str) -> None:
     """score(x) + gradient of log p(component | x) is the component's own score (Bayes)."""

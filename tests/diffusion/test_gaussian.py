@@ -123,6 +123,23 @@ def test_the_network_is_told_the_base_step() -> None:
     assert short.model_time(torch.tensor([0, 1, 24])).tolist() == [0, 40, 960]
 
 
+@pytest.mark.parametrize(
+    ("variance", "spec", "respaced"),
+    [
+        ("fixed_large", "25", "fixed_small"),
+        ("fixed_large", "ddim25", "fixed_small"),
+        ("fixed_large", "", "fixed_large"),
+        ("fixed_large", "1000", "fixed_large"),
+        ("fixed_small", "25", "fixed_small"),
+        ("learned_range", "25", "learned_range"),
+    ],
+)
+def test_the_larger_variance_is_for_whole_processes(
+    variance: str, spec: str, respaced: str
+) -> None:
+    assert process(variance=variance).respace(spec).variance == respaced
+
+
 def test_rescaled_time_runs_to_1000_at_any_step_count() -> None:
     d = GaussianDiffusion(Schedule.make("cosine", 4000), rescale_timesteps=True)
     time = d.model_time(torch.tensor([0, 2000, 3999]))
