@@ -4,8 +4,9 @@ A preset is the kind of run it belongs to and its flags; what it does not name h
 default. ``scripts/print_presets.py`` prints models_hparams.md from this table.
 
 ``tiny-*`` train on two CPU cores, ``base-*`` on one GPU (the README's example), ``adm-*`` are
-the published architectures of Dhariwal and Nichol 2021 and take their converted weights, and
-``diff-dalle-*`` is the cascade of 1.5 billion parameters.
+the published architectures of Dhariwal and Nichol 2021 and take their converted weights (of a
+class-conditional file one class, ``--class_id``), and ``diff-dalle-*`` is the cascade of 1.5
+billion parameters.
 """
 
 from __future__ import annotations

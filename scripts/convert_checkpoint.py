@@ -1,6 +1,9 @@
 """Turn a guided-diffusion checkpoint into one that sample.py and train_generator.py take.
 
-python scripts/convert_checkpoint.py --source 64x64_diffusion.pt --out_path adm64.pt --preset adm-64
+python scripts/convert_checkpoint.py --preset adm-256 --source 256x256_diffusion_uncond.pt \
+    --out_path adm256.pt
+python scripts/convert_checkpoint.py --preset adm-64 --source 64x64_diffusion.pt --class_id 207 \
+    --out_path adm64_golden_retriever.pt
 """
 
 from __future__ import annotations

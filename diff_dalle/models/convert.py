@@ -1,4 +1,7 @@
-"""guided-diffusion's checkpoints as ours: the same tensors under other names."""
+"""guided-diffusion's checkpoints as ours: the same tensors under other names.
+
+Of a class-conditional network one class is kept.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
+from diff_dalle.knobs import require
 from diff_dalle.models.clip import ImageEncoder
 from diff_dalle.models.generator import Generator
 from diff_dalle.models.layers import ResBlock
@@ -35,21 +39,26 @@ _ENCODER = {
     "pool.project": "out.2.c_proj",
 }
 _POSITIONS = "out.2.positional_embedding"
+_CLASSES = "label_emb.weight"
 
 
 def convert_guided_diffusion(
-    state_dict: Mapping[str, Tensor], model: UNet | Generator | ImageEncoder
+    state_dict: Mapping[str, Tensor],
+    model: UNet | Generator | ImageEncoder,
+    class_id: int | None = None,
 ) -> dict[str, Tensor]:
     """Rename guided-diffusion's tensors for one of our modules.
 
     Args:
         state_dict: of guided-diffusion's UNetModel, SuperResModel or EncoderUNetModel (attention
-            pooling), class-conditional ones excepted.
+            pooling).
         model: the module of the same architecture, without text; may lie on the meta device.
+        class_id: which class a class-conditional network is to draw, from 0; None for others.
     Returns:
         A state dict that ``model.load_state_dict`` takes, strictly.
     Raises:
-        UsageError: a tensor is missing, is left over, or has another shape.
+        UsageError: a tensor is missing, is left over, or has another shape; ``class_id`` is
+            missing, needless, or no class of the network.
     """
     network = model.unet if isinstance(model, Generator) else model
     prefix = "unet." if isinstance(model, Generator) else ""
@@ -59,18 +68,39 @@ def convert_guided_diffusion(
         if name not in names:
             raise UsageError(
                 f"{name} has no counterpart in guided-diffusion: convert into a model with "
-                "--cond_text False and --aug_level_cond False"
+                "--cond_text, --aug_level_cond and --attention_positions False"
             )
         theirs = names[name]
         if theirs not in state_dict:
             raise UsageError(f"the checkpoint has no {theirs} (for {name}): check the model flags")
         converted[name] = _reshaped(theirs, state_dict[theirs], wanted)
-    left = sorted(set(state_dict) - {names[name] for name in converted})
+    left = sorted(set(state_dict) - {names[name] for name in converted} - {_CLASSES})
     if left:
-        labelled = "label_emb.weight" in left
-        hint = "class-conditional models do not fit" if labelled else "check the model flags"
-        raise UsageError(f"the checkpoint holds {len(left)} more tensors, {left[0]} first: {hint}")
+        raise UsageError(
+            f"the checkpoint holds {len(left)} more tensors, {left[0]} first: check the model flags"
+        )
+    row = _class_embedding(state_dict.get(_CLASSES), class_id)
+    if row is not None:
+        # ADM adds the class's embedding to the timestep's, at every step: a bias, exactly.
+        bias = f"{prefix}time_embed.out.bias"
+        converted[bias] = converted[bias] + row
     return converted
+
+
+def _class_embedding(classes: Tensor | None, class_id: int | None) -> Tensor | None:
+    """Row ``class_id`` [E] of a class-conditional network's table [classes,E]; None for others."""
+    if classes is None:
+        needless = "be left out: the checkpoint has no classes"
+        require(class_id is None, "class_id", class_id, needless)
+        return None
+    count = len(classes)
+    if class_id is None:
+        raise UsageError(
+            f"the checkpoint is class-conditional: name the class to draw, --class_id 0 to "
+            f"{count - 1}"
+        )
+    require(0 <= class_id < count, "class_id", class_id, f"lie between 0 and {count - 1}")
+    return classes[class_id]
 
 
 def _reshaped(name: str, tensor: Tensor, wanted: Tensor) -> Tensor:

@@ -1,50 +1,16 @@
-"""Helpers of the models' tests: reference weights, random weights, small generators."""
+"""Helpers of the models' tests: random weights, small generators."""
 
 from __future__ import annotations
 
-import json
-import zlib
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
-
-FOLDERS = Path(__file__).parents[1] / "fixtures", Path(__file__).parent / "fixtures"
-
-
-def reference_weights(shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The weights that the reference outputs were computed with, a function of the keys."""
-    weights = {}
-    for key, shape in shapes.items():
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        weight = torch.randn(tuple(shape), generator=generator)
-        if len(shape) > 1:
-            weight = weight / weight[0].numel() ** 0.5
-        else:
-            weight = weight * 0.1 + (1.0 if key.endswith("weight") else 0.0)
-        weights[key] = weight
-    return weights
-
-
-@pytest.fixture
-def adm() -> Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Tensors and weights of a stored run of guided-diffusion."""
-
-    def load(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        paths = [folder / f"{name}.safetensors" for folder in FOLDERS]
-        with safe_open(next(path for path in paths if path.exists()), "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            shapes = json.loads(file.metadata()["state_dict_shapes"])
-        return tensors, reference_weights(shapes)
-
-    return load
 
 
 @pytest.fixture
