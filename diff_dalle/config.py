@@ -182,7 +182,7 @@ def canonical(run: Run) -> Run:
         predict_xstart=False,
     )
     if isinstance(run, GeneratorRun):
-        unet = dataclasses.replace(run.unet, channel_mult=run.unet.resolved_channel_mult)
+        unet = run.unet.with_channel_mult(upsampler=run.generator.small_size > 0)
         return dataclasses.replace(run, process=process, unet=unet)
     mult = run.clip.image_half().resolved_channel_mult
     clip = dataclasses.replace(run.clip, classifier_channel_mult=mult)

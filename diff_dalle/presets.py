@@ -205,6 +205,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "small_size": 64,
             "num_channels": 192,
             "num_res_blocks": 2,
+            "num_heads": 4,
             "noise_schedule": "linear",
             "cond_text": False,
             "aug_level_cond": False,

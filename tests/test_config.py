@@ -184,6 +184,26 @@ def test_two_spellings_are_one_run(one: list[str], other: list[str]) -> None:
     assert parse_run(GeneratorRun, one) == parse_run(GeneratorRun, other)
 
 
+@pytest.mark.parametrize(
+    ("flags", "mult"),
+    [
+        ("--image_size 512 --small_size 128", (1, 1, 2, 2, 4, 4)),
+        ("--image_size 512 --small_size 128 --channel_mult 1,2", (1, 2)),
+        ("--image_size 512", (0.5, 1, 1, 2, 2, 4, 4)),
+        ("--image_size 256 --small_size 64", (1, 1, 2, 2, 4, 4)),
+    ],
+)
+def test_upsamplers_have_adms_multipliers(flags: str, mult: tuple[float, ...]) -> None:
+    run = parse_run(GeneratorRun, flags.split())
+    assert run.unet.channel_mult == mult
+    assert from_flat(GeneratorRun, to_flat(run)) == run
+
+
+def test_the_published_upsampler_has_four_heads_at_every_width() -> None:
+    unet = parse_run(GeneratorRun, ["--preset", "adm-up-256"]).unet
+    assert [unet.heads(channels, going_up=True) for channels in (384, 768)] == [4, 4]
+
+
 def test_heads_are_counted_where_their_number_is_given() -> None:
     def heads(*flags: str) -> int:
         return parse_run(GeneratorRun, list(flags)).unet.heads(256, going_up=False)

@@ -7,7 +7,7 @@ Notation: B batch, C channels, H W pixels, L tokens, D width of the text, E = 4 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from diff_dalle.models.layers import (
 )
 
 # Channel multipliers by the size of the largest feature map. 64 to 512 are ADM's, 32 is
-# improved-diffusion's; 1024 and 16 continue the row.
+# improved-diffusion's; 1024 and 16 continue the row. ADM's upsampler to 512 has a level less.
 CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     1024: (0.5, 0.5, 1, 1, 2, 2, 4, 4),
     512: (0.5, 1, 1, 2, 2, 4, 4),
@@ -38,6 +38,7 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     32: (1, 2, 2, 2),
     16: (1, 2, 2),
 }
+UPSAMPLER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {512: (1, 1, 2, 2, 4, 4)}
 _ADM_HEADS = 4  # where neither their number nor their channels are given
 
 
@@ -95,6 +96,17 @@ class UNetConfig:
                 f"default: give one multiplier a level, such as 1,2,3"
             )
         return CHANNEL_MULT[size]
+
+    def with_channel_mult(self, *, upsampler: bool) -> UNetConfig:
+        """The same knobs with ``channel_mult`` spelled out: ADM's upsamplers have one of their own.
+
+        Args:
+            upsampler: whether the network has a low-resolution input.
+        """
+        mult = self.resolved_channel_mult
+        if upsampler and not self.channel_mult:
+            mult = UPSAMPLER_CHANNEL_MULT.get(self.image_size // self.patch_size, mult)
+        return replace(self, channel_mult=mult)
 
     @property
     def resolved_dropout(self) -> float:

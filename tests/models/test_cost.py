@@ -19,26 +19,38 @@ from diff_dalle.models.unet import UNetConfig
     ("flags", "small_size", "giga_macs"),
     [
         ({"image_size": 64, "num_channels": 192, "num_res_blocks": 3}, 0, 109.68),
+        ({"image_size": 128, "num_channels": 256}, 0, 306.93),
         ({"image_size": 256, "num_channels": 256}, 0, 1119.83),
+        ({"image_size": 512, "num_channels": 256}, 0, 1982.33),
         ({"image_size": 256, "num_channels": 192}, 64, 631.64),
+        ({"image_size": 512, "num_channels": 192}, 128, 2504.78),
     ],
 )
 def test_operations_of_adm(flags: dict[str, int], small_size: int, giga_macs: float) -> None:
     stage = GeneratorConfig(cond_text=False, small_size=small_size, aug_level_cond=False)
     size = flags["image_size"]
     with torch.device("meta"):
-        model = Generator(stage, UNetConfig(**flags), TextEncoderConfig())
+        unet = UNetConfig(**flags).with_channel_mult(upsampler=small_size > 0)
+        model = Generator(stage, unet, TextEncoderConfig())
         low_res = torch.empty(1, 3, small_size, small_size) if small_size else None
         inputs = torch.empty(1, 3, size, size), torch.empty(1), Cond(low_res=low_res)
     assert forward_flops(model, *inputs) / 2e9 == pytest.approx(giga_macs, abs=0.005)
 
 
-def test_the_classifier_costs_a_little_less_than_adms() -> None:
-    """Its pooling asks with one query in place of 65; ADM's takes 19.08 GMACs."""
+@pytest.mark.parametrize(
+    ("size", "depth", "giga_macs"),
+    [(64, 4, 19.08), (128, 2, 21.04), (256, 2, 73.35), (512, 2, 112.77)],
+)
+def test_operations_of_adms_classifiers(size: int, depth: int, giga_macs: float) -> None:
+    """Ours pools with one query, ADM's with one a position, of which it reads the first alone."""
+    width, positions, classes = 512, 8 * 8 + 1, 1000
     with torch.device("meta"):
-        encoder = ImageEncoder(CLIPConfig(classifier_depth=4).image_half(), out_channels=1000)
-        inputs = torch.empty(1, 3, 64, 64), torch.empty(1)
-    assert 0.995 < forward_flops(encoder, *inputs) / 2e9 / 19.08 < 1
+        half = CLIPConfig(image_size=size, classifier_depth=depth).image_half()
+        encoder = ImageEncoder(half, out_channels=classes)
+        inputs = torch.empty(1, 3, size, size), torch.empty(1)
+    one = width * width + 2 * positions * width + width * classes  # projected, answered, projected
+    unread = (positions - 1) * one / 1e9
+    assert forward_flops(encoder, *inputs) / 2e9 + unread == pytest.approx(giga_macs, abs=0.005)
 
 
 def test_a_linear_layer_by_hand() -> None:
