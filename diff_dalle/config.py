@@ -18,12 +18,13 @@ import torch
 from diff_dalle.data.dataset import DataConfig
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
-from diff_dalle.diffusion.schedule import ProcessConfig, Schedule
+from diff_dalle.diffusion.schedule import NoiseConfig, ProcessConfig, Schedule
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.flags import Parser, parse_with_sources
 from diff_dalle.knobs import Floats, Ints, require
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
-from diff_dalle.models.generator import Generator, GeneratorConfig
+from diff_dalle.models.generator import Generator, GeneratorConfig, check_sizes
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
 from diff_dalle.sampling_io.config import SampleConfig
@@ -45,6 +46,7 @@ class GeneratorRun:
     generator: GeneratorConfig
     process: ProcessConfig
     loss: LossConfig
+    timesteps: TimestepConfig
     data: DataConfig
     task: GeneratorTaskConfig
     optim: OptimConfig
@@ -54,11 +56,9 @@ class GeneratorRun:
     kind = "generator"
 
     def __post_init__(self) -> None:
-        small, large = self.generator.small_size, self.unet.image_size
-        fits = small == 0 or (0 < small < large and large % small == 0)
-        require(fits, "small_size", small, f"divide --image_size {large} and be smaller")
-        residual = self.generator.low_res_residual
-        sensible = not residual or (small > 0 and self.process.resolved_prediction == "x0")
+        check_sizes(self.generator, self.unet)
+        residual, upsampler = self.generator.low_res_residual, self.generator.small_size > 0
+        sensible = not residual or (upsampler and self.process.resolved_prediction == "x0")
         must = "go with an upsampler (--small_size) and --prediction x0"
         require(sensible, "low_res_residual", residual, must)
         _check_rate(self.optim, self.train)
@@ -79,8 +79,8 @@ class ClassifierRun:
     """Everything that training a noised CLIP was asked for."""
 
     clip: CLIPConfig
-    process: ProcessConfig
-    loss: LossConfig
+    process: NoiseConfig
+    timesteps: TimestepConfig
     data: DataConfig
     task: ClassifierTaskConfig
     optim: OptimConfig
@@ -120,6 +120,17 @@ Section = TypeVar("Section")
 _RUN_TIME = {"dropout", "dropout_text", "use_checkpoint", "vocab_size"}
 _SHAPING = (UNetConfig, TextEncoderConfig, GeneratorConfig, ProcessConfig, CLIPConfig)
 
+# By kind of run: flags that nothing read; checkpoints from when they were taken still carry them.
+_RETIRED: dict[str, tuple[str, ...]] = {
+    "classifier": (
+        "prediction",
+        "predict_xstart",
+        "sigma_small",
+        "use_kl",
+        "rescale_learned_sigmas",
+    )
+}
+
 
 def shaping_fields() -> set[str]:
     """The flags that shape weights or the noise process."""
@@ -157,7 +168,8 @@ def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
     Raises:
         UsageError: a key that no section knows, or a value that a section refuses.
     """
-    left = {name: value for name, value in flat.items() if name not in ("kind", "help")}
+    past = ("kind",) + _RETIRED.get(run_class.kind, ())
+    left = {name: value for name, value in flat.items() if name not in past}
     sections = {}
     for name, section in _sections(run_class).items():
         own = [field.name for field in dataclasses.fields(section)]
@@ -175,32 +187,34 @@ def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
 
 def canonical(run: Run) -> Run:
     """The same run with one spelling for what can be asked for in several ways."""
-    process = dataclasses.replace(
-        run.process,
-        noise_schedule=run.process.resolve(run.image_size),
-        prediction=run.process.resolved_prediction,
-        predict_xstart=False,
-    )
+    schedule = run.process.resolve(run.image_size)
     if isinstance(run, GeneratorRun):
+        process = dataclasses.replace(
+            run.process,
+            noise_schedule=schedule,
+            prediction=run.process.resolved_prediction,
+            predict_xstart=False,
+        )
         unet = run.unet.with_channel_mult(upsampler=run.generator.small_size > 0)
         return dataclasses.replace(run, process=process, unet=unet)
     mult = run.clip.image_half().resolved_channel_mult
     clip = dataclasses.replace(run.clip, classifier_channel_mult=mult)
-    return dataclasses.replace(run, process=process, clip=clip)
+    noise = dataclasses.replace(run.process, noise_schedule=schedule)
+    return dataclasses.replace(run, process=noise, clip=clip)
 
 
 def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
     """The noise process that a run trains on."""
-    if isinstance(run, GeneratorRun):
-        learned = run.generator.learn_sigma
-    else:
-        learned = False
+    schedule = Schedule.make(run.process.noise_schedule, run.process.diffusion_steps)
+    rescale = run.process.rescale_timesteps
+    if isinstance(run, ClassifierRun):  # it sees noise, and takes none away
+        return GaussianDiffusion(schedule, rescale_timesteps=rescale)
     fixed = "fixed_small" if run.process.sigma_small else "fixed_large"
     return GaussianDiffusion(
-        Schedule.make(run.process.noise_schedule, run.process.diffusion_steps),
+        schedule,
         prediction=run.process.prediction,
-        variance="learned_range" if learned else fixed,
-        rescale_timesteps=run.process.rescale_timesteps,
+        variance="learned_range" if run.generator.learn_sigma else fixed,
+        rescale_timesteps=rescale,
     )
 
 

@@ -17,6 +17,7 @@ from diff_dalle.config import (
 )
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import ProcessConfig
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.models.clip import CLIPConfig
 from diff_dalle.models.cost import count_parameters, forward_flops, training_bytes
 from diff_dalle.models.generator import Cond, GeneratorConfig
@@ -26,7 +27,7 @@ from diff_dalle.presets import PRESETS
 
 VOCABULARY = 32_768  # tokens that every text encoder is counted with
 _MODEL = (UNetConfig, TextEncoderConfig, GeneratorConfig, CLIPConfig)
-_DIFFUSION = (ProcessConfig, LossConfig)
+_DIFFUSION = (ProcessConfig, LossConfig, TimestepConfig)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ def train_classifier(argv: list[str]) -> None:
         clip,
         make_diffusion(run),
         run.task,
-        run.loss,
+        run.timesteps,
         world=world,
         precision=Precision(run.precision, world.device),
         microbatch=run.train.microbatch,

@@ -34,6 +34,7 @@ def train_generator(argv: list[str]) -> None:
         make_diffusion(run),
         run.task,
         run.loss,
+        run.timesteps,
         world=world,
         precision=Precision(run.precision, world.device),
         microbatch=run.train.microbatch,

@@ -14,6 +14,7 @@ from diff_dalle.config import (
     GeneratorRun,
     Parser,
     from_flat,
+    make_record,
     parse_run,
     parse_sample_run,
     shaping_fields,
@@ -27,6 +28,7 @@ from diff_dalle.evaluation.shapes_run import ShapesConfig
 from diff_dalle.evaluation.upsampler_run import UpsamplerConfig
 from diff_dalle.presets import PRESETS
 from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.training.run_data import RunData
 
 README_GENERATOR = (
     "--data_dir path/to/images --image_size 64 --num_channels 128 --num_res_blocks 2 "
@@ -294,6 +296,34 @@ def test_unknown_keys_of_a_newer_version_are_refused() -> None:
     flat = to_flat(parse_run(GeneratorRun, [])) | {"wormhole": 1}
     with pytest.raises(UsageError, match="wormhole"):
         from_flat(GeneratorRun, flat)
+
+
+RETIRED = {
+    "prediction": "x0",
+    "predict_xstart": False,
+    "sigma_small": True,
+    "use_kl": False,
+    "rescale_learned_sigmas": False,
+}
+
+
+def test_a_classifier_takes_only_flags_that_it_reads() -> None:
+    run = parse_run(ClassifierRun, [])
+    assert not RETIRED.keys() & to_flat(run).keys()
+    assert {"noise_schedule", "rescale_timesteps", "schedule_sampler"} <= to_flat(run).keys()
+    with pytest.raises(UsageError, match="unknown argument --prediction"):
+        parse_run(ClassifierRun, ["--prediction", "x0"])
+
+
+def test_a_classifier_from_before_goes_on() -> None:
+    """Its checkpoint carries flags that were accepted and never read."""
+    run = parse_run(ClassifierRun, ["--image_size", "64"])
+    assert from_flat(ClassifierRun, to_flat(run) | RETIRED) == run
+    data = RunData(batches=None, tokenizer=None, fingerprint="")
+    record = make_record(run, data)
+    assert record.changed(to_flat(run) | RETIRED, record.shaping & record.config.keys()) == []
+    generator = parse_run(GeneratorRun, [])
+    assert from_flat(GeneratorRun, to_flat(generator) | RETIRED).process.prediction == "x0"
 
 
 def test_run_time_choices_do_not_shape_weights() -> None:

@@ -12,29 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
-from diff_dalle.diffusion.timesteps import TIMESTEP_SAMPLERS
-from diff_dalle.knobs import knob, require, require_choice
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.knobs import knob
 
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
-    """What is minimised, and how often each noise level is visited."""
+    """What is minimised."""
 
     use_kl: bool = knob(False, "minimise the variational bound alone, in bits, times the steps")
     rescale_learned_sigmas: bool = knob(False, "scale the variance's loss by the steps / 1000")
-    schedule_sampler: str = knob("uniform", "uniform, loss-second-moment or logsnr-normal")
-    logsnr_mean: float = knob(-2.2, "logsnr-normal: mean of the log signal-to-noise ratio")
-    logsnr_std: float = knob(1.6, "logsnr-normal: its standard deviation")
-    logsnr_uniform: float = knob(0.1, "logsnr-normal: share of steps drawn uniformly instead")
-
-    def __post_init__(self) -> None:
-        """Raise a `UsageError` that names the wrong field."""
-        require_choice("schedule_sampler", self.schedule_sampler, list(TIMESTEP_SAMPLERS))
-        require(self.logsnr_std > 0, "logsnr_std", self.logsnr_std, "be above 0")
-        require(
-            0 <= self.logsnr_uniform <= 1, "logsnr_uniform", self.logsnr_uniform, "be from 0 to 1"
-        )
 
 
 @dataclass(frozen=True)
@@ -99,15 +86,13 @@ def vb_terms_bpd(
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
-    *,
-    clip: Clip = False,
 ) -> Tensor:
     """One term of the variational bound, bits per dimension, [B] (Ho et al. 2020, eq. 5).
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) at t = 0.
     """
     true = diffusion.q_posterior(x_0, x_t, t)
-    model = diffusion.posterior(model_output, x_t, t, clip=clip)
+    model = diffusion.posterior(model_output, x_t, t, clip=False)
     kl = normal_kl(true.mean, true.log_var, model.mean, model.log_var)  # [B,C,H,W]
     nll = -discretized_gaussian_log_likelihood(x_0, model.mean, 0.5 * model.log_var)
     nats = torch.where(t == 0, _mean_per_sample(nll), _mean_per_sample(kl))  # [B]

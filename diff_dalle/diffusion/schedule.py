@@ -46,22 +46,16 @@ SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": betas_linear, "cosine
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProcessConfig:
+class NoiseConfig:
     """The noise process a network is trained for. A checkpoint is bound to it."""
 
     noise_schedule: str = knob(AUTO, "linear or cosine; auto: cosine up to 64 pixels, else linear")
     diffusion_steps: int = knob(1000, "steps of the process that the network is trained for")
-    prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
-    predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
     rescale_timesteps: bool = knob(False, "tell the network a time in 0..1000 at any step count")
-    sigma_small: bool = knob(
-        False, "without --learn_sigma: the smaller fixed variance at every step count"
-    )
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""
         require_choice("noise_schedule", self.noise_schedule, [AUTO, *SCHEDULES])
-        require_choice("prediction", self.prediction, PREDICTIONS)
         least = 1 if self.noise_schedule == "cosine" else 21
         require(
             self.diffusion_steps >= least,
@@ -69,18 +63,34 @@ class ProcessConfig:
             self.diffusion_steps,
             f"be at least {least} with --noise_schedule {self.noise_schedule}",
         )
-        require(
-            not (self.predict_xstart and self.prediction == "v"),
-            "prediction",
-            self.prediction,
-            "be x0 (or left out) when --predict_xstart is True",
-        )
 
     def resolve(self, image_size: int) -> str:
         """The schedule's name: cosine for ``auto`` up to 64 pixels a side, linear above."""
         if self.noise_schedule != AUTO:
             return self.noise_schedule
         return "cosine" if image_size <= 64 else "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessConfig(NoiseConfig):
+    """The noise process of a network that takes noise away, and what that network predicts."""
+
+    prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
+    predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
+    sigma_small: bool = knob(
+        False, "without --learn_sigma: the smaller fixed variance at every step count"
+    )
+
+    def __post_init__(self) -> None:
+        """Raise a `UsageError` that names the wrong field."""
+        super().__post_init__()
+        require_choice("prediction", self.prediction, PREDICTIONS)
+        require(
+            not (self.predict_xstart and self.prediction == "v"),
+            "prediction",
+            self.prediction,
+            "be x0 (or left out) when --predict_xstart is True",
+        )
 
     @property
     def resolved_prediction(self) -> str:

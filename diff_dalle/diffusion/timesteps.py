@@ -10,15 +10,32 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.knobs import knob, require, require_choice
 
-if TYPE_CHECKING:
-    from diff_dalle.diffusion.losses import LossConfig
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepConfig:
+    """How often training visits each noise level."""
+
+    schedule_sampler: str = knob("uniform", "uniform, loss-second-moment or logsnr-normal")
+    logsnr_mean: float = knob(-2.2, "logsnr-normal: mean of the log signal-to-noise ratio")
+    logsnr_std: float = knob(1.6, "logsnr-normal: its standard deviation")
+    logsnr_uniform: float = knob(0.1, "logsnr-normal: share of steps drawn uniformly instead")
+
+    def __post_init__(self) -> None:
+        """Raise a `UsageError` that names the wrong field."""
+        require_choice("schedule_sampler", self.schedule_sampler, list(TIMESTEP_SAMPLERS))
+        require(self.logsnr_std > 0, "logsnr_std", self.logsnr_std, "be above 0")
+        require(
+            0 <= self.logsnr_uniform <= 1, "logsnr_uniform", self.logsnr_uniform, "be from 0 to 1"
+        )
 
 
 class TimestepSampler(Protocol):
@@ -58,11 +75,12 @@ class LossSecondMomentSampler:
     Uniform until every step has ten losses.
     """
 
-    def __init__(self, num_steps: int, *, history: int = 10, uniform: float = 0.001) -> None:
-        """T, the losses remembered for each step, and the uniform share."""
-        self.history = history
-        self.uniform = uniform
-        self._losses: list[deque[float]] = [deque(maxlen=history) for _ in range(num_steps)]
+    history = 10
+    uniform = 0.001
+
+    def __init__(self, num_steps: int) -> None:
+        """``num_steps`` is T."""
+        self._losses: list[deque[float]] = [deque(maxlen=self.history) for _ in range(num_steps)]
 
     def probabilities(self) -> Tensor:
         """Float64 [T]."""
@@ -139,15 +157,15 @@ class LogSNRNormalSampler:
         return _inverse_cdf(self._probabilities, u), torch.ones_like(u, dtype=torch.float32)
 
 
-def _second_moment(cfg: LossConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
+def _second_moment(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
     return LossSecondMomentSampler(diffusion.num_steps)
 
 
-def _uniform(cfg: LossConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
+def _uniform(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
     return UniformSampler(diffusion.num_steps)
 
 
-def _logsnr_normal(cfg: LossConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
+def _logsnr_normal(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
     return LogSNRNormalSampler(
         diffusion.schedule.log_snr,
         mean=cfg.logsnr_mean,
@@ -156,14 +174,14 @@ def _logsnr_normal(cfg: LossConfig, diffusion: GaussianDiffusion) -> TimestepSam
     )
 
 
-TIMESTEP_SAMPLERS: dict[str, Callable[[LossConfig, GaussianDiffusion], TimestepSampler]] = {
+TIMESTEP_SAMPLERS: dict[str, Callable[[TimestepConfig, GaussianDiffusion], TimestepSampler]] = {
     "uniform": _uniform,
     "loss-second-moment": _second_moment,
     "logsnr-normal": _logsnr_normal,
 }
 
 
-def make_timestep_sampler(cfg: LossConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
+def make_timestep_sampler(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
     """The sampler that ``cfg.schedule_sampler`` names."""
     return TIMESTEP_SAMPLERS[cfg.schedule_sampler](cfg, diffusion)
 

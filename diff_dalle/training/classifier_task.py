@@ -14,8 +14,7 @@ from torch import Tensor
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.losses import LossConfig
-from diff_dalle.diffusion.timesteps import make_timestep_sampler
+from diff_dalle.diffusion.timesteps import TimestepConfig, make_timestep_sampler
 from diff_dalle.distributed import World, all_gather_objects, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
@@ -50,7 +49,7 @@ class ClassifierTask:
         model: the CLIP, on the rank's device; float32, or float64 for exact comparisons.
         diffusion: the whole noise process, not respaced.
         cfg: when to stop.
-        loss: how timesteps are drawn.
+        timesteps: how often each noise level is visited.
         world: the ranks.
         precision: the compute type.
         microbatch: samples encoded at once on one rank, to save memory; the loss is always that
@@ -68,13 +67,13 @@ class ClassifierTask:
         model: NoisyCLIP,
         diffusion: GaussianDiffusion,
         cfg: ClassifierTaskConfig,
-        loss: LossConfig,
+        timesteps: TimestepConfig,
         *,
         world: World,
         precision: Precision,
         microbatch: int = -1,
     ) -> None:
-        if loss.schedule_sampler == "loss-second-moment":
+        if timesteps.schedule_sampler == "loss-second-moment":
             raise UsageError(
                 "--schedule_sampler is loss-second-moment: a classifier has no loss of a single "
                 "sample, take uniform or logsnr-normal"
@@ -85,7 +84,7 @@ class ClassifierTask:
         self._diffusion = diffusion
         self._world = world
         self._microbatch = microbatch
-        self._timesteps = make_timestep_sampler(loss, diffusion)
+        self._timesteps = make_timestep_sampler(timesteps, diffusion)
         self._dtype = next(model.parameters()).dtype
 
     def forward_backward(self, batch: Batch, step: StepContext) -> Tensor:

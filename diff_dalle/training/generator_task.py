@@ -18,7 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig, LossTerms, training_losses
-from diff_dalle.diffusion.timesteps import LossSecondMomentSampler, make_timestep_sampler
+from diff_dalle.diffusion.timesteps import (
+    LossSecondMomentSampler,
+    TimestepConfig,
+    make_timestep_sampler,
+)
 from diff_dalle.distributed import World, all_gather
 from diff_dalle.knobs import Floats, knob, require
 from diff_dalle.models.generator import Cond, Generator
@@ -63,7 +67,8 @@ class GeneratorTask:
         model: the generator, on the rank's device; float32, or float64 for exact comparisons.
         diffusion: the whole process, not respaced.
         cfg: how samples are conditioned.
-        loss: which loss, and how timesteps are drawn.
+        loss: which loss.
+        timesteps: how often each noise level is visited.
         world: the ranks.
         precision: the compute type.
         microbatch: samples of one forward pass on one rank; less than 1 is the whole batch.
@@ -79,6 +84,7 @@ class GeneratorTask:
         diffusion: GaussianDiffusion,
         cfg: GeneratorTaskConfig,
         loss: LossConfig,
+        timesteps: TimestepConfig,
         *,
         world: World,
         precision: Precision,
@@ -92,7 +98,7 @@ class GeneratorTask:
         self._world = world
         self.precision = precision
         self._microbatch = microbatch
-        self._timesteps = make_timestep_sampler(loss, diffusion)
+        self._timesteps = make_timestep_sampler(timesteps, diffusion)
         captions_decide = model.cfg.cond_text and not model.cfg.small_size
         self.preview_from: PreviewFrom | None = "prompts" if captions_decide else "data"
         self._image_size = model.unet.cfg.image_size

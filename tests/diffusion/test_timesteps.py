@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import Schedule
 from diff_dalle.diffusion.timesteps import (
     TIMESTEP_SAMPLERS,
     LogSNRNormalSampler,
     LossSecondMomentSampler,
+    TimestepConfig,
     TimestepSampler,
     UniformSampler,
     make_timestep_sampler,
 )
+from diff_dalle.errors import UsageError
 
 DIFFUSION = GaussianDiffusion(Schedule.make("cosine", 1000))
 LOG_SNR = DIFFUSION.schedule.log_snr
@@ -38,7 +41,7 @@ def warmed_up(num_steps: int = 50) -> LossSecondMomentSampler:
 
 @pytest.fixture(params=TIMESTEP_SAMPLERS)
 def sampler(request: pytest.FixtureRequest) -> TimestepSampler:
-    made = make_timestep_sampler(LossConfig(schedule_sampler=request.param), DIFFUSION)
+    made = make_timestep_sampler(TimestepConfig(schedule_sampler=request.param), DIFFUSION)
     if isinstance(made, LossSecondMomentSampler):
         for _ in range(10):
             made.update(torch.arange(1000), torch.linspace(0.1, 2.0, 1000))
@@ -162,7 +165,16 @@ def test_log_snr_probabilities_are_density_times_width() -> None:
 
 def test_a_uniform_share_trains_every_step() -> None:
     pure = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6).probabilities()
-    cfg = LossConfig(schedule_sampler="logsnr-normal", logsnr_uniform=0.2)
+    cfg = TimestepConfig(schedule_sampler="logsnr-normal", logsnr_uniform=0.2)
     mixed = make_timestep_sampler(cfg, DIFFUSION).probabilities()
     torch.testing.assert_close(mixed, 0.8 * pure + 0.2 / 1000)
     assert pure.min() < 1e-8 and mixed.min() >= 0.2 / 1000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("schedule_sampler", "lognormal"), ("logsnr_std", 0.0), ("logsnr_uniform", 1.5)],
+)
+def test_a_wrong_knob_is_named(field: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=f"--{field} is "):
+        TimestepConfig(**{field: value})

@@ -13,6 +13,7 @@ from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import Schedule
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World, all_reduce_sum_
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
@@ -162,7 +163,7 @@ def generator_task(
     model: Generator,
     cfg: GeneratorTaskConfig | None = None,
     *,
-    loss: LossConfig | None = None,
+    timesteps: TimestepConfig | None = None,
     world: World = ALONE,
     microbatch: int = -1,
     precision: PrecisionConfig | None = None,
@@ -173,7 +174,8 @@ def generator_task(
         model,
         diffusion or process(learn_sigma=model.cfg.learn_sigma),
         cfg or GeneratorTaskConfig(),
-        loss or LossConfig(),
+        LossConfig(),
+        timesteps or TimestepConfig(),
         world=world,
         precision=Precision(precision or PrecisionConfig(), world.device),
         microbatch=microbatch,
@@ -192,7 +194,7 @@ def classifier_task(
         model,
         process(learn_sigma=False),
         cfg or ClassifierTaskConfig(),
-        LossConfig(),
+        TimestepConfig(),
         world=world,
         precision=Precision(PrecisionConfig(), world.device),
         microbatch=microbatch,

@@ -29,7 +29,7 @@ from loop_tiny import (
 )
 from torch import Tensor
 
-from diff_dalle.diffusion.losses import LossConfig
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World, all_gather_objects, barrier, run_main, start, stop
 from diff_dalle.training.generator_task import GeneratorTaskConfig
 from diff_dalle.training.loop import Data, train
@@ -160,7 +160,7 @@ def loss_aware_sampler(world: World, found: Found) -> None:
     def memory(of: World) -> dict[str, Tensor]:
         task = generator_task(
             tiny_generator(awake=True, dtype=torch.float64),
-            loss=LossConfig(schedule_sampler="loss-second-moment"),
+            timesteps=TimestepConfig(schedule_sampler="loss-second-moment"),
             world=of,
         )
         after_steps(task, of, 2)

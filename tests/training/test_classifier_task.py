@@ -7,7 +7,7 @@ from loop_tiny import ALONE, STEPS, batch_of, classifier_task, held_out, process
 from torch import Tensor
 
 from diff_dalle.data.batch import Batch
-from diff_dalle.diffusion.losses import LossConfig
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.training import draws
@@ -109,7 +109,7 @@ def test_a_sampler_that_needs_single_losses_is_refused() -> None:
             tiny_clip(),
             process(),
             ClassifierTaskConfig(),
-            LossConfig(schedule_sampler="loss-second-moment"),
+            TimestepConfig(schedule_sampler="loss-second-moment"),
             world=ALONE,
             precision=Precision(PrecisionConfig(), CPU),
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.losses import LossConfig, training_losses
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, GeneratorConfig
@@ -77,10 +78,10 @@ def test_the_loss_is_that_of_the_paper() -> None:
 def test_microbatches_never_change_the_gradient(microbatch: int, loss: str) -> None:
     model = tiny_generator(small_size=8, awake=True, dtype=torch.float64)
     cfg = GeneratorTaskConfig(gaussian_blur=True, cond_drop_prob=0.5)
-    chosen = LossConfig(schedule_sampler=loss)
+    chosen = TimestepConfig(schedule_sampler=loss)
     batch = batch_of(range(7), bad=[2])
-    whole = gradients(generator_task(model, cfg, loss=chosen), batch)
-    pieces = gradients(generator_task(model, cfg, loss=chosen, microbatch=microbatch), batch)
+    whole = gradients(generator_task(model, cfg, timesteps=chosen), batch)
+    pieces = gradients(generator_task(model, cfg, timesteps=chosen, microbatch=microbatch), batch)
     assert len(whole) == len(list(model.parameters()))  # every parameter has one, as DDP needs
     for name, gradient in whole.items():
         assert torch.allclose(pieces[name], gradient, rtol=1e-9, atol=1e-14), name
@@ -223,11 +224,11 @@ def test_wrong_knobs_are_named(wrong: dict[str, object]) -> None:
 
 
 def test_a_loss_aware_sampler_learns_the_same_from_any_microbatches() -> None:
-    loss = LossConfig(schedule_sampler="loss-second-moment")
+    timesteps = TimestepConfig(schedule_sampler="loss-second-moment")
 
     def memory(microbatch: int) -> dict[str, Tensor]:
         model = tiny_generator(awake=True, dtype=torch.float64)
-        task = generator_task(model, PLAIN, loss=loss, microbatch=microbatch)
+        task = generator_task(model, PLAIN, timesteps=timesteps, microbatch=microbatch)
         for first in (0, 8):
             gradients(task, batch_of(range(first, first + 8), bad=[1]))
         state: dict[str, Tensor] = task.state_dict()["timestep_sampler"]
@@ -238,7 +239,7 @@ def test_a_loss_aware_sampler_learns_the_same_from_any_microbatches() -> None:
     assert torch.equal(whole["counts"], pieces["counts"])
     assert torch.allclose(whole["losses"], pieces["losses"], rtol=1e-12)
 
-    resumed = generator_task(tiny_generator(), PLAIN, loss=loss)
+    resumed = generator_task(tiny_generator(), PLAIN, timesteps=timesteps)
     resumed.load_state_dict({"timestep_sampler": whole})
     assert torch.equal(resumed.state_dict()["timestep_sampler"]["losses"], whole["losses"])
 

@@ -23,7 +23,7 @@ from loop_tiny import (
 )
 from torch import Tensor
 
-from diff_dalle.diffusion.losses import LossConfig
+from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.training.checkpoint_file import load_weights
 from diff_dalle.training.checkpoints import load_training_state
@@ -38,7 +38,7 @@ def generator(precision: str = "fp32") -> Task:
     return generator_task(
         tiny_generator(small_size=8, dropout=0.2, awake=True),
         GeneratorTaskConfig(gaussian_blur=True, cond_drop_prob=0.3),
-        loss=LossConfig(schedule_sampler="loss-second-moment"),
+        timesteps=TimestepConfig(schedule_sampler="loss-second-moment"),
         microbatch=3,
         precision=PrecisionConfig(precision=precision),
     )
