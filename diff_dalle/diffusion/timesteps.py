@@ -142,10 +142,16 @@ class LogSNRNormalSampler:
     """
 
     def __init__(self, log_snr: Tensor, *, mean: float, std: float, uniform: float = 0.0) -> None:
-        """``log_snr`` is float64 [T], falling."""
+        """``log_snr`` is float64 [T], falling.
+
+        A `UsageError` where the density is 0 at every step of it.
+        """
         edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
         width = edges[:-1] - edges[1:]  # [T]
         density = torch.exp(-0.5 * ((log_snr - mean) / std) ** 2) * width
+        ends = f"{float(log_snr[-1]):.1f} to {float(log_snr[0]):.1f}"
+        must = f"lie within the schedule's log-SNR ({ends}), or in reach of --logsnr_std {std:g}"
+        require(bool(density.sum() > 0), "logsnr_mean", mean, must)
         self._probabilities = (1 - uniform) * density / density.sum() + uniform / len(log_snr)
 
     def probabilities(self) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -161,6 +162,13 @@ def test_log_snr_probabilities_are_density_times_width() -> None:
     width = (LOG_SNR[:-2] - LOG_SNR[2:]) / 2
     wanted = density * width
     torch.testing.assert_close(p[1:-1] / p[500], wanted / wanted[499], rtol=1e-9, atol=1e-30)
+
+
+@pytest.mark.parametrize("mean", [-90.0, 80.0, math.inf])
+def test_a_density_beyond_the_schedule_is_refused(mean: float) -> None:
+    cfg = TimestepConfig(schedule_sampler="logsnr-normal", logsnr_mean=mean, logsnr_std=0.5)
+    with pytest.raises(UsageError, match=r"--logsnr_mean is .* log-SNR \(-19.8 to 10.1\)"):
+        make_timestep_sampler(cfg, DIFFUSION)
 
 
 def test_a_uniform_share_trains_every_step() -> None:
