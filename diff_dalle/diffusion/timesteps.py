@@ -98,7 +98,7 @@ class LossSecondMomentSampler:
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """See `TimestepSampler.sample`."""
         probabilities = self.probabilities()
-        t = _inverse_cdf(probabilities, u)
+        t = _step_at(_cumulative(probabilities, u), u)
         weights = (1 / (len(probabilities) * probabilities)).float().to(u.device)  # [T]
         return t, weights[t]
 
@@ -153,6 +153,7 @@ class LogSNRNormalSampler:
         must = f"lie within the schedule's log-SNR ({ends}), or in reach of --logsnr_std {std:g}"
         require(bool(density.sum() > 0), "logsnr_mean", mean, must)
         self._probabilities = (1 - uniform) * density / density.sum() + uniform / len(log_snr)
+        self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def probabilities(self) -> Tensor:
         """Float64 [T]."""
@@ -160,7 +161,10 @@ class LogSNRNormalSampler:
 
     def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """See `TimestepSampler.sample`."""
-        return _inverse_cdf(self._probabilities, u), torch.ones_like(u, dtype=torch.float32)
+        key = (u.device, u.dtype)
+        if key not in self._on_device:
+            self._on_device[key] = _cumulative(self._probabilities, u)
+        return _step_at(self._on_device[key], u), torch.ones_like(u, dtype=torch.float32)
 
 
 def _second_moment(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
@@ -192,7 +196,11 @@ def make_timestep_sampler(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> 
     return TIMESTEP_SAMPLERS[cfg.schedule_sampler](cfg, diffusion)
 
 
-def _inverse_cdf(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The step whose share of (0, 1) holds ``u``; int64 [B] on the device of ``u``."""
-    cdf = probabilities.cumsum(0).to(u.dtype).to(u.device)  # [T]
-    return torch.searchsorted(cdf, u, right=True).clamp(max=len(cdf) - 1)
+def _cumulative(probabilities: Tensor, u: Tensor) -> Tensor:
+    """The cumulative distribution [T], of the dtype and on the device of ``u``."""
+    return probabilities.cumsum(0).to(u.dtype).to(u.device)
+
+
+def _step_at(cumulative: Tensor, u: Tensor) -> Tensor:
+    """The step whose share of (0, 1) holds ``u``; int64 [B]."""
+    return torch.searchsorted(cumulative, u, right=True).clamp(max=len(cumulative) - 1)

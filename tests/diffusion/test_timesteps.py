@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diff_dalle import keyed_noise
+from diff_dalle.diffusion import timesteps
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.schedule import Schedule
 from diff_dalle.diffusion.timesteps import (
@@ -169,6 +170,24 @@ def test_a_density_beyond_the_schedule_is_refused(mean: float) -> None:
     cfg = TimestepConfig(schedule_sampler="logsnr-normal", logsnr_mean=mean, logsnr_std=0.5)
     with pytest.raises(UsageError, match=r"--logsnr_mean is .* log-SNR \(-19.8 to 10.1\)"):
         make_timestep_sampler(cfg, DIFFUSION)
+
+
+def test_a_density_is_summed_once_for_each_device_and_type(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sampler, u = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6), stratified(100)
+    first, _ = sampler.sample(u)
+    sampler.sample(u.float())
+
+    def never(probabilities: Tensor, u: Tensor) -> Tensor:
+        raise AssertionError("copied again")
+
+    monkeypatch.setattr(timesteps, "_cumulative", never)
+    again, _ = sampler.sample(u)
+    assert torch.equal(first, again)
+    sampler.sample(u.float())
+    with pytest.raises(AssertionError, match="copied again"):
+        sampler.sample(u.to("meta"))
 
 
 def test_a_uniform_share_trains_every_step() -> None:
