@@ -5,6 +5,7 @@ Symbols: docs/notation.md. B batch, H W pixels, h w of the low-resolution input,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -297,7 +298,7 @@ def _check_crop(size: int, model: Generator) -> None:
     """A crop fits an upsampler's picture, its scale factor and its U-Net; others ignore it."""
     if size and model.cfg.small_size:
         image_size = model.unet.cfg.image_size
-        unit = max(image_size // model.cfg.small_size, model.unet.cfg.downsampling)
+        unit = math.lcm(image_size // model.cfg.small_size, model.unet.cfg.downsampling)
         must = f"be a multiple of {unit} and at most --image_size {image_size}"
         require(size <= image_size and size % unit == 0, "crop_size", size, must)
         # The places of a whole picture would be squeezed onto every crop, wherever it lies.

@@ -19,8 +19,9 @@ from diff_dalle.diffusion.losses import LossConfig, training_losses
 from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
-from diff_dalle.models.generator import Cond, GeneratorConfig
+from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.low_res import downsample
+from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
 from diff_dalle.training import draws
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig, random_crop
@@ -212,6 +213,17 @@ def test_an_upsampler_trains_on_crops_and_a_base_stage_ignores_them() -> None:
 def test_a_crop_that_does_not_fit_is_refused(size: int) -> None:
     with pytest.raises(UsageError, match=f"--crop_size is {size}"):
         generator_task(tiny_generator(small_size=4), GeneratorTaskConfig(crop_size=size))
+
+
+def test_a_crop_fits_the_scale_and_the_network_at_once() -> None:
+    """From 8 to 24 px with feature maps of a quarter: 8 px would be two and two thirds below."""
+    stage = GeneratorConfig(cond_text=False, small_size=8)
+    unet = UNetConfig(image_size=24, num_channels=64, num_res_blocks=1, channel_mult=(1, 1, 1))
+    with torch.device("meta"):
+        model = Generator(stage, unet, TextEncoderConfig())
+    with pytest.raises(UsageError, match="--crop_size is 8: it must be a multiple of 12"):
+        generator_task(model, GeneratorTaskConfig(crop_size=8))
+    generator_task(model, GeneratorTaskConfig(crop_size=12))
 
 
 @pytest.mark.parametrize(
