@@ -1,7 +1,9 @@
 """The parts that every network here is built of.
 
-Convolutional features are kept in channels_last memory from the stem to the head: all parts
-accept either memory format and return the one that they were given.
+All parts accept either memory format. On the CPU they return the one that they were given, so
+features stay in channels_last from the stem to the head. On CUDA torch's group norm always returns
+contiguous features (native_group_norm asks for that format off the CPU), so they change format at
+every norm and again at the next convolution, whose kernels are channels_last.
 
 Notation: B batch, C channels, H W pixels, E width of the time embedding.
 """
@@ -29,8 +31,8 @@ def zero_(module: Module) -> Module:
 def channels_last_(module: nn.Module) -> None:
     """Lay the kernels of ``module`` out in channels_last memory, in place.
 
-    GPUs convolve faster that way, attention reads the features as tokens without a copy, and
-    the CPU takes as long either way.
+    Convolutions then answer in channels_last, and attention reads the features as tokens without
+    a copy where the norm before it keeps the format, as on the CPU.
     """
     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
