@@ -24,11 +24,13 @@ _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
 def key_of(*parts: object) -> int:
     """A non-negative 63-bit key for any printable parts, the same on every machine.
 
+    Names of files that are no UTF-8 (Python spells their bytes as lone surrogates) have keys too.
+
     >>> key_of(0, 1, "000001") == key_of(0, 1, "000001") != key_of(0, 2, "000001")
     True
     """
-    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+    text = "\x1f".join(map(str, parts)).encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 def uniform(keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
