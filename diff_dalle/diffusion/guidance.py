@@ -52,42 +52,26 @@ def shift_score(
     return replace(posterior, mean=diffusion.q_posterior(x_0, x_t, t).mean, x_0=x_0)
 
 
-def classifier_free(
-    model_cond: Model, model_uncond: Model, scale: float, learned_variance: bool
-) -> Model:
+def classifier_free(model_both: Model, scale: float, learned_variance: bool) -> Model:
     """The model eps_u + s (eps_c - eps_u) (Ho and Salimans 2022, eq. 6, with s = 1 + w).
 
     The same formula serves x_0 and v: at one x_t all three are affine in each other.
 
     Args:
-        model_cond: told the caption.
-        model_uncond: told the null caption.
+        model_both: takes [2B,C,H,W] and [2B]; told the captions in the first half and the null
+            caption in the second.
         scale: s; 1 is the conditional model, 0 the unconditional one.
-        learned_variance: whether outputs are [B,2C,H,W]; the variance half is the conditional's.
-    """
-    if scale == 1:
-        return model_cond
-
-    def guided(x_t: Tensor, time: Tensor) -> Tensor:
-        cond, uncond = model_cond(x_t, time), model_uncond(x_t, time)
-        return _extrapolate(cond, uncond, scale, learned_variance)
-
-    return guided
-
-
-def classifier_free_batched(model_both: Model, scale: float, learned_variance: bool) -> Model:
-    """`classifier_free` in one batch of twice the size.
-
-    Args:
-        model_both: takes [2B,C,H,W] and [2B], the captions' half first, then the null captions'.
-        scale: as in `classifier_free`.
-        learned_variance: as in `classifier_free`.
+        learned_variance: whether outputs are [2B,2C,H,W]; the variance is the conditional's.
     """
 
     def guided(x_t: Tensor, time: Tensor) -> Tensor:
         both = model_both(torch.cat([x_t, x_t]), torch.cat([time, time]))  # [2B,C',H,W]
         cond, uncond = both.chunk(2)
-        return _extrapolate(cond, uncond, scale, learned_variance)
+        if not learned_variance:
+            return uncond + scale * (cond - uncond)
+        cond_mean, variance = cond.chunk(2, dim=1)
+        uncond_mean, _ = uncond.chunk(2, dim=1)
+        return torch.cat([uncond_mean + scale * (cond_mean - uncond_mean), variance], dim=1)
 
     return guided
 
@@ -137,12 +121,3 @@ def time_of_other_process(
     """
     times = trained.model_time(trained.nearest_step(sampled.alpha_bar))  # [T]
     return lambda t: times.to(t.device)[t]
-
-
-def _extrapolate(cond: Tensor, uncond: Tensor, scale: float, learned_variance: bool) -> Tensor:
-    """uncond + scale (cond - uncond) on the prediction's channels, the rest from ``cond``."""
-    if not learned_variance:
-        return uncond + scale * (cond - uncond)
-    cond_mean, variance = cond.chunk(2, dim=1)
-    uncond_mean, _ = uncond.chunk(2, dim=1)
-    return torch.cat([uncond_mean + scale * (cond_mean - uncond_mean), variance], dim=1)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.guidance import classifier_free_batched
+from diff_dalle.diffusion.guidance import classifier_free
 from diff_dalle.diffusion.samplers import Sampler, sample_ddim, sample_ddpm
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
@@ -133,7 +133,7 @@ def _guided_model(
             f"--guidance_scale is {scale}: this generator was trained without captions, use 1"
         )
     both = _doubled(cond)
-    return classifier_free_batched(
+    return classifier_free(
         lambda x_t, t: generator(x_t, t, both), scale, learned_variance=generator.cfg.learn_sigma
     )
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import (
+    Model,
     classifier_free,
-    classifier_free_batched,
     shift_mean,
     shift_score,
     similarity_gradient,
@@ -121,35 +121,28 @@ def uncond(x: Tensor, time: Tensor) -> Tensor:
     return torch.cat([x.cos(), x - time.reshape(-1, 1, 1, 1)], dim=1)
 
 
-def test_classifier_free_scales() -> None:
-    x = images(0)
-    c, u = cond(x, T), uncond(x, T)
-    assert torch.equal(classifier_free(cond, uncond, 1.0, True)(x, T), c)
-    zero = classifier_free(cond, uncond, 0.0, True)(x, T)
-    assert torch.equal(zero[:, :3], u[:, :3]) and torch.equal(zero[:, 3:], c[:, 3:])
-    three = classifier_free(cond, uncond, 3.0, True)(x, T)
-    torch.testing.assert_close(three[:, :3], 3 * c[:, :3] - 2 * u[:, :3])
-    assert torch.equal(three[:, 3:], c[:, 3:])  # the variance is the conditional model's
-    all_channels = classifier_free(cond, uncond, 3.0, False)(x, T)
-    torch.testing.assert_close(all_channels, 3 * c - 2 * u)
+def side_by_side(cond: Model, uncond: Model) -> Model:
+    """One model for a batch whose first half is told the caption."""
 
-
-def test_scale_one_spares_the_unconditional_network() -> None:
-    def never(x: Tensor, time: Tensor) -> Tensor:
-        raise AssertionError("asked for nothing")
-
-    classifier_free(cond, never, 1.0, True)(images(0), T)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-@pytest.mark.parametrize("learned", [True, False])
-def test_one_batch_equals_two(scale: float, learned: bool) -> None:
     def both(x: Tensor, time: Tensor) -> Tensor:
         half = len(x) // 2
         return torch.cat([cond(x[:half], time[:half]), uncond(x[half:], time[half:])])
 
-    found = classifier_free_batched(both, scale, learned)(images(0), T)
-    torch.testing.assert_close(found, classifier_free(cond, uncond, scale, learned)(images(0), T))
+    return both
+
+
+def test_classifier_free_scales() -> None:
+    x = images(0)
+    c, u, both = cond(x, T), uncond(x, T), side_by_side(cond, uncond)
+    one = classifier_free(both, 1.0, True)(x, T)
+    torch.testing.assert_close(one, c)
+    zero = classifier_free(both, 0.0, True)(x, T)
+    assert torch.equal(zero[:, :3], u[:, :3]) and torch.equal(zero[:, 3:], c[:, 3:])
+    three = classifier_free(both, 3.0, True)(x, T)
+    torch.testing.assert_close(three[:, :3], 3 * c[:, :3] - 2 * u[:, :3])
+    assert torch.equal(three[:, 3:], c[:, 3:])  # the variance is the conditional model's
+    all_channels = classifier_free(both, 3.0, False)(x, T)
+    torch.testing.assert_close(all_channels, 3 * c - 2 * u)
 
 
 def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
@@ -166,7 +159,8 @@ def test_classifier_free_guidance_commutes_with_the_prediction() -> None:
         ("v", lambda x_0: COSINE.velocity(x_0, T, COSINE.eps_from_x0(x_0, x_t, T))),
     ):
         d = GaussianDiffusion(COSINE.schedule, prediction=prediction, variance="fixed_small")
-        model = classifier_free(constant(turn(c)), constant(turn(u)), 4.0, False)
+        both = side_by_side(constant(turn(c)), constant(turn(u)))
+        model = classifier_free(both, 4.0, False)
         found.append(d.predict_x0(model(x_t, T), x_t, T))
     torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-7)
     torch.testing.assert_close(found[0], found[2], rtol=1e-7, atol=1e-7)
