@@ -7,6 +7,7 @@ random number itself: ``noise`` is asked for each step's.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -33,6 +34,7 @@ class Sampler(Protocol):
         guide: gradient to follow, see `guidance.Guide`.
         clip: what happens to every estimate of x_0, see `gaussian.Clip`.
         callback: told of every step.
+        eta: randomness from 0 to 1 of samplers that have a choice; the others do not read it.
     Returns:
         x_0, [B,C,H,W].
     """
@@ -47,12 +49,30 @@ class Sampler(Protocol):
         guide: Guide | None = None,
         clip: Clip = True,
         callback: Callback | None = None,
+        eta: float = 0.0,
     ) -> Tensor:
         """Sample."""
         ...
 
 
-@torch.no_grad()
+class Step(Protocol):
+    """One step of a sampler: x_{t-1} and the estimate of x_0, each [B,C,H,W]."""
+
+    def __call__(
+        self,
+        diffusion: GaussianDiffusion,
+        model_output: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        z: Tensor,
+        *,
+        gradient: Tensor | None = None,
+        clip: Clip = True,
+    ) -> tuple[Tensor, Tensor]:
+        """Take the step; ``z`` is fresh noise, 0 at the last step."""
+        ...
+
+
 def sample_ddpm(
     model: Model,
     x_T: Tensor,
@@ -62,18 +82,12 @@ def sample_ddpm(
     guide: Guide | None = None,
     clip: Clip = True,
     callback: Callback | None = None,
+    eta: float = 0.0,
 ) -> Tensor:
     """Ancestral sampling (Ho et al. 2020, algorithm 2). See `Sampler`."""
-    x = x_T
-    for i in reversed(range(diffusion.num_steps)):
-        t = torch.full((len(x),), i, device=x.device)
-        output = model(x, diffusion.model_time(t))
-        gradient = guide(x, t) if guide else None
-        z = noise(i, x) if i > 0 else torch.zeros_like(x)
-        x, x_0 = ddpm_step(diffusion, output, x, t, z, gradient=gradient, clip=clip)
-        if callback:
-            callback(diffusion.num_steps - i, x_0)
-    return x
+    return _descend(
+        ddpm_step, model, x_T, diffusion, noise=noise, guide=guide, clip=clip, callback=callback
+    )
 
 
 def ddpm_step(
@@ -97,7 +111,6 @@ def ddpm_step(
     return posterior.mean + std * z, posterior.x_0
 
 
-@torch.no_grad()
 def sample_ddim(
     model: Model,
     x_T: Tensor,
@@ -113,16 +126,16 @@ def sample_ddim(
 
     ``eta`` 0 is deterministic, 1 adds as much noise as ancestral sampling.
     """
-    x = x_T
-    for i in reversed(range(diffusion.num_steps)):
-        t = torch.full((len(x),), i, device=x.device)
-        output = model(x, diffusion.model_time(t))
-        gradient = guide(x, t) if guide else None
-        z = noise(i, x) if i > 0 and eta > 0 else torch.zeros_like(x)
-        x, x_0 = ddim_step(diffusion, output, x, t, z, eta=eta, gradient=gradient, clip=clip)
-        if callback:
-            callback(diffusion.num_steps - i, x_0)
-    return x
+    return _descend(
+        partial(ddim_step, eta=eta),
+        model,
+        x_T,
+        diffusion,
+        noise=noise if eta > 0 else None,
+        guide=guide,
+        clip=clip,
+        callback=callback,
+    )
 
 
 def ddim_step(
@@ -189,6 +202,31 @@ def ddim_inversion_step(
     x_0 = diffusion.posterior(model_output, x_t, t, clip=clip).x_0
     eps = diffusion.eps_from_x0(x_0, x_t, t)
     return diffusion.at("signal_next", t, x_t) * x_0 + diffusion.at("sigma_next", t, x_t) * eps, x_0
+
+
+@torch.no_grad()
+def _descend(
+    step: Step,
+    model: Model,
+    x_T: Tensor,
+    diffusion: GaussianDiffusion,
+    *,
+    noise: Noise | None,
+    guide: Guide | None,
+    clip: Clip,
+    callback: Callback | None,
+) -> Tensor:
+    """Every step of the process, from the last to step 0; without ``noise`` none is drawn."""
+    x = x_T
+    for i in reversed(range(diffusion.num_steps)):
+        t = torch.full((len(x),), i, device=x.device)
+        output = model(x, diffusion.model_time(t))
+        gradient = guide(x, t) if guide else None
+        z = noise(i, x) if noise and i > 0 else torch.zeros_like(x)
+        x, x_0 = step(diffusion, output, x, t, z, gradient=gradient, clip=clip)
+        if callback:
+            callback(diffusion.num_steps - i, x_0)
+    return x
 
 
 def _after_first(t: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ a user would get. B batch, C channels, H W pixels, L tokens, D width.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import classifier_free
-from diff_dalle.diffusion.samplers import Sampler, sample_ddim, sample_ddpm
+from diff_dalle.diffusion.samplers import SAMPLERS
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment
@@ -45,6 +44,11 @@ class StageSettings:
     clip_denoised: bool = True
     guidance_scale: float = 1.0
     aug_level: float = 0.0
+
+    @property
+    def sampler(self) -> str:
+        """The sampler's name in `SAMPLERS`."""
+        return "ddim" if self.use_ddim else "ddpm"
 
 
 def sample_stage(
@@ -87,10 +91,7 @@ def sample_stage(
         model = _guided_model(generator, generator.encode(cond), settings.guidance_scale)
         x_T = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
         step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
-        sampler: Sampler = sample_ddpm
-        if settings.use_ddim:
-            sampler = functools.partial(sample_ddim, eta=settings.ddim_eta)
-        x_0 = sampler(
+        x_0 = SAMPLERS[settings.sampler](
             model,
             x_T,
             diffusion,
@@ -98,6 +99,7 @@ def sample_stage(
             guide=guide,
             clip=settings.clip_denoised,
             callback=callback,
+            eta=settings.ddim_eta,
         )
     return to_uint8(x_0)
 

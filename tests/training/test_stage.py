@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, GeneratorConfig
+from diff_dalle.training import stage
 from diff_dalle.training.stage import (
     StageSettings,
     from_uint8,
@@ -178,6 +179,21 @@ def test_the_models_mode_is_put_back_and_dropout_is_off() -> None:
     assert torch.equal(draw(), draw())
     assert model.training and all(module.training for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("use_ddim", [False, True])
+def test_the_sampler_comes_from_the_registry(
+    use_ddim: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def gray(model: object, x_T: Tensor, diffusion: object, *, eta: float, **_: object) -> Tensor:
+        asked.append(eta)
+        return torch.zeros_like(x_T)
+
+    monkeypatch.setitem(stage.SAMPLERS, "ddim" if use_ddim else "ddpm", gray)
+    picture = sampled(oracle(), captions(9, 9, 9), use_ddim=use_ddim, ddim_eta=0.5)
+    assert asked == [0.5] and torch.equal(picture, torch.full_like(picture, 128))
 
 
 def test_every_step_is_reported() -> None:
