@@ -77,22 +77,11 @@ class GaussianDiffusion:
         return self.schedule.alpha_bar
 
     def respace(self, spec: str) -> GaussianDiffusion:
-        """The same process over fewer steps, see `schedule.space_timesteps`.
-
-        Where steps are left out, the larger fixed variance gives way to the smaller one. Beta is
-        exact for data of unit variance (Ho et al. 2020, section 3.2), an upper bound for images,
-        and grows with the steps that are skipped: the last draw alone would add noise of
-        sqrt(beta_1), 0.3 with 12 steps of the linear schedule.
-        """
-        schedule = self.schedule.respace(spec)
-        shorter = len(schedule.betas) < self.num_steps
-        variance = self.variance
-        if shorter and variance == "fixed_large":
-            variance = "fixed_small"
+        """The same process over fewer steps, see `schedule.space_timesteps`."""
         return GaussianDiffusion(
-            schedule,
+            self.schedule.respace(spec),
             prediction=self.prediction,
-            variance=variance,
+            variance=self.variance,
             rescale_timesteps=self.rescale_timesteps,
         )
 
