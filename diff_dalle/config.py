@@ -236,6 +236,7 @@ def make_record(run: GeneratorRun | ClassifierRun, data: RunData) -> RunRecord:
         config=to_flat(run),
         defaults=_defaults(type(run)),
         shaping=frozenset(shaping_fields()),
+        process=frozenset(field.name for field in dataclasses.fields(ProcessConfig)),
         tokenizer_json=data.tokenizer.to_json() if data.tokenizer else None,
         data=data.fingerprint,
     )

@@ -36,6 +36,12 @@ CONFIG_FILE, TOKENIZER_FILE = "config.json", "tokenizer.json"
 _SHOWN = 5
 _RUN_FILES = ("progress.csv", "metrics.jsonl", "model*.pt", "ema_*.pt", "opt*.pt")
 _TOKENIZER, _DATA = "tokenizer_sha256", "data"
+_RESIZED = {  # what may differ where weights start a run of another size
+    "image_size",
+    "small_size",
+    "attention_resolutions",
+    "classifier_attention_resolutions",
+}
 _FIXED = ("seed", "ema_rate", "max_train_samples")  # beside what shapes weights and process
 
 
@@ -46,6 +52,7 @@ class RunRecord:
     Attributes:
         config: flag names and values, with ``kind``; plain values only.
         shaping: the flags that shape weights or the noise process.
+        process: those of them that shape the noise process alone.
         tokenizer_json: the tokenizer's text; None for a run without captions.
         data: the training set's fingerprint.
         defaults: of all flags: what a run did whose version did not know a flag yet.
@@ -53,6 +60,7 @@ class RunRecord:
 
     config: dict[str, Any]
     shaping: frozenset[str]
+    process: frozenset[str]
     tokenizer_json: str | None
     data: str
     defaults: dict[str, Any]
@@ -218,8 +226,15 @@ def _fresh(cfg: TrainConfig, record: RunRecord) -> Start:
     if cfg.init_checkpoint is None:
         return Start()
     weights = load_weights(cfg.init_checkpoint, kind=record.kind)
+    known = record.shaping & record.config.keys()
+    # Heads, say, leave no trace in the shapes: the weights would load, and compute nonsense.
+    found = record.changed(weights.config, sorted(known - record.process - _RESIZED))
+    _refuse(found, f"{weights.path} is of a model", "another --init_checkpoint")
     _require_tokenizer(weights, record)
-    return Start(weights=weights, notes=(f"weights from {cfg.init_checkpoint}, at step 0",))
+    changed = record.changed(weights.config, sorted(known & (record.process | _RESIZED)))
+    notes = [f"weights from {cfg.init_checkpoint}, at step 0"]
+    notes += [f"NOTE: they were trained otherwise: {', '.join(changed)}"] if changed else []
+    return Start(weights=weights, notes=tuple(notes))
 
 
 def _explicit(path: Path, record: RunRecord, warn: Callable[[str], None]) -> Start:

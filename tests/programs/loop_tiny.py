@@ -202,14 +202,15 @@ def classifier_task(
 
 
 def record(kind: str = "generator", **config: object) -> RunRecord:
-    """A record with a few flags; ``image_size`` and ``norm_groups`` shape the weights."""
+    """A record with a few flags, some of which shape the weights."""
     flags = {"kind": kind, "image_size": SIZE, "seed": 0, "ema_rate": [0.9], "lr": 1e-3} | config
     return RunRecord(
         config=flags,
-        shaping=frozenset({"image_size", "norm_groups"}),
+        shaping=frozenset({"image_size", "norm_groups", "prediction"}),
+        process=frozenset({"prediction"}),
         tokenizer_json="{}",
         data="fingerprint",
-        defaults={"norm_groups": 32},
+        defaults={"norm_groups": 32, "prediction": "eps"},
     )
 
 

@@ -243,6 +243,16 @@ def test_weights_of_another_architecture_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "b").exists()
 
 
+def test_weights_that_would_load_and_compute_nonsense_are_refused(tmp_path: Path) -> None:
+    trained(ToyTask(), tmp_path / "a", iterations=1)
+    weights = str(tmp_path / "a" / "model000001.pt")
+    cfg = train_config(tmp_path / "b", init_checkpoint=weights)
+    with pytest.raises(UsageError, match="norm_groups: 32 -> 8.*another --init_checkpoint"):
+        find_start(cfg, record(norm_groups=8), tmp_path / "b", warn=print)
+    start = find_start(cfg, record(image_size=32, prediction="v"), tmp_path / "b", warn=print)
+    assert start.notes[1].endswith("image_size: 16 -> 32, prediction: eps -> v")
+
+
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     trained(ToyTask(), tmp_path / "a", iterations=1)
     other = dataclasses.replace(record(), tokenizer_json="{1}")
