@@ -20,7 +20,7 @@ from diff_dalle.sampling_io.outputs import Workshop, make_output_folder
 def sample(argv: list[str]) -> None:
     run = parse_sample_run(argv)
     cfg = run.sample
-    world = start(cfg.device)
+    world = start(cfg.device, timeout_s=7 * 86400)  # ranks meet when the slowest has drawn
     cascade = Cascade.load(
         cfg.model_path, cfg.classifier_path, world.device, cfg.resolved_precision
     )

@@ -19,6 +19,7 @@ from PIL import Image
 
 from diff_dalle import Cascade
 from diff_dalle.cascade import share
+from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.store import read_pictures
 
@@ -333,6 +334,22 @@ def test_mpiexec_draws_what_one_process_draws(folder: Path, tmp_path: Path, samp
     texts = [(tmp_path / run / "grid.txt").read_text() for run in ("one", "many")]
     assert texts[0] == texts[1]
     assert not list((tmp_path / "many").glob(".samples_*"))
+
+
+def test_a_rank_that_finishes_early_waits_for_days(
+    folder: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks draw for hours without meeting, and one may have slower hardware than another."""
+    start, waits = sample.__globals__["start"], []  # type: ignore[attr-defined]
+
+    def spy(device: str, *, timeout_s: float) -> World:
+        waits.append(timeout_s)
+        return start(device, timeout_s=timeout_s)
+
+    monkeypatch.setitem(sample.__globals__, "start", spy)  # type: ignore[attr-defined]
+    argv = ["--model_path", str(folder / "base.pt"), "--prompts", "a", *FEW]
+    sample([*argv, "--log_dir", str(tmp_path)])
+    assert waits[0] >= 2 * 24 * 3600
 
 
 def test_a_mistake_ends_every_rank_with_one_line(folder: Path, tmp_path: Path) -> None:
