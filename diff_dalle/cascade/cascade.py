@@ -44,6 +44,17 @@ class CascadeResult:
     stages: list[Pictures]
     candidates: list[int]
 
+    @classmethod
+    def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
+        """The pictures of several results of the same cascade, in order."""
+        return cls(
+            stages=[
+                np.concatenate(stage)
+                for stage in zip(*(result.stages for result in results), strict=True)
+            ],
+            candidates=[candidate for result in results for candidate in result.candidates],
+        )
+
     @property
     def images(self) -> list[Image.Image]:
         """The pictures of the last stage."""
@@ -186,17 +197,9 @@ class Cascade:
         )
         prompts = self._checked(prompts, low_res)
         plan = self.plan(cfg, low_res)
-        batches = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            indices = range(len(prompts))[part]
-            small = None if low_res is None else low_res[part]
-            batches.append(self.draw(plan, indices, prompts[part], low_res=small))
-        drawn = [batch.stages for batch in batches]
-        return CascadeResult(
-            stages=[np.concatenate(pictures) for pictures in zip(*drawn, strict=True)],
-            candidates=[candidate for batch in batches for candidate in batch.candidates],
-        )
+        indices = range(len(prompts))
+        batches = self.batches(plan, indices, prompts, batch_size=batch_size, low_res=low_res)
+        return CascadeResult.join([result for _, result in batches])
 
     def stream(
         self,
@@ -254,6 +257,35 @@ class Cascade:
                     f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
                 )
         return plan
+
+    def batches(
+        self,
+        plan: Plan,
+        indices: Sequence[int],
+        prompts: Sequence[str],
+        *,
+        batch_size: int,
+        low_res: Pictures | None = None,
+        on_step: OnStep | None = None,
+    ) -> Iterator[tuple[Sequence[int], CascadeResult]]:
+        """Some of N pictures, batch by batch: the indices of each batch, and what was drawn.
+
+        Args:
+            plan: from `plan`.
+            indices: which of the N pictures, in the order in which they are drawn.
+            prompts: N captions.
+            batch_size: pictures drawn at once.
+            low_res: uint8 [M,h,w,3] where the first stage is an upsampler; picture i is drawn
+                from ``low_res[i % M]``.
+            on_step: as in `draw`.
+        """
+        for start in range(0, len(indices), batch_size):
+            batch = indices[start : start + batch_size]
+            small = None
+            if low_res is not None:
+                small = low_res[[index % len(low_res) for index in batch]]
+            texts = [prompts[index] for index in batch]
+            yield batch, self.draw(plan, batch, texts, low_res=small, on_step=on_step)
 
     def draw(
         self,

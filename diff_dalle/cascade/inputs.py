@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,12 +48,6 @@ class Request:
     prompts: list[Prompt]
     low_res: Pictures | None
     notes: list[str]
-
-    def small(self, indices: Sequence[int]) -> Pictures | None:
-        """The small pictures uint8 [B,h,w,3] for some indices."""
-        if self.low_res is None:
-            return None
-        return self.low_res[[index % len(self.low_res) for index in indices]]
 
 
 def read_request(cfg: SampleConfig, reader: Reader) -> Request:

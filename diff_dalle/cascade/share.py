@@ -58,15 +58,14 @@ def draw_share(
             bar.set_description(f"{cascade.sizes[stage]} px", refresh=False)
             bar.update(len(x_0))
 
-        for start in range(0, len(mine), cfg.batch_size):
-            indices = mine[start : start + cfg.batch_size]
-            result = cascade.draw(
-                plan,
-                indices,
-                [request.prompts[index].text for index in indices],
-                low_res=request.small(indices),
-                on_step=on_step,
-            )
+        for indices, result in cascade.batches(
+            plan,
+            mine,
+            [prompt.text for prompt in request.prompts],
+            batch_size=cfg.batch_size,
+            low_res=request.low_res,
+            on_step=on_step,
+        ):
             workshop.write(indices, result.stages, cfg.save_png)
             kept |= dict(zip(indices, result.candidates, strict=True))
     workshop.flush()

@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from diff_dalle.cascade import Cascade
+from diff_dalle.cascade import Cascade, CascadeResult
 from diff_dalle.config import SampleConfig
 from diff_dalle.knobs import AUTO, knob, require
 from diff_dalle.sampling_io.outputs import make_output_folder
-
-Pictures = NDArray[np.uint8]
+from diff_dalle.sampling_io.store import Pictures
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,17 +93,15 @@ class Drawer:
             ),
             low_res,
         )
-        batches = []
+        results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"
         with tqdm(total=len(prompts), desc=name, unit="img") as bar:
-            for start in range(0, len(prompts), cfg.batch_size):
-                part = slice(start, start + cfg.batch_size)
-                small = None if low_res is None else low_res[part]
-                numbers = range(len(prompts))[part]
-                batches.append(self.cascade.draw(plan, numbers, prompts[part], low_res=small))
-                bar.update(len(numbers))
-        drawn = zip(*(batch.stages for batch in batches), strict=True)
-        return [np.concatenate(pictures) for pictures in drawn]
+            for indices, result in self.cascade.batches(
+                plan, range(len(prompts)), prompts, batch_size=cfg.batch_size, low_res=low_res
+            ):
+                results.append(result)
+                bar.update(len(indices))
+        return CascadeResult.join(results).stages
 
     def facts(self) -> dict[str, Any]:
         """What a report says of models and settings; ``step`` is the first stage's."""

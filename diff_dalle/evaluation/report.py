@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diff_dalle.evaluation.alignment import VERDICT, Truth
 from diff_dalle.evaluation.detector import Detection
-
-Pictures = NDArray[np.uint8]
+from diff_dalle.sampling_io.store import Pictures
 
 _TILE = 160  # pixels
 _TEXT = 34  # pixels below a tile

@@ -11,11 +11,11 @@ from diff_dalle.data.captions import one_object_captions
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.alignment import agreement, score_detections, shapes_detector, truth_of
 from diff_dalle.evaluation.detector_check import check_detector
-from diff_dalle.evaluation.drawing import Drawer, DrawingConfig, Pictures
+from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.report import free_stem, verdict_grid, verdict_rows, write_report
 from diff_dalle.evaluation.sweep import sweep
 from diff_dalle.knobs import knob, require
-from diff_dalle.sampling_io.store import read_pictures
+from diff_dalle.sampling_io.store import Pictures, read_pictures
 
 _GRID = 64  # pictures that the grid shows
 
@@ -122,7 +122,7 @@ def report_pictures(
     """
     detector, truths = shapes_detector(), [truth_of(caption) for caption in captions]
     verdicts = [detector.detect_all(pictures) for pictures in stages]
-    scores, table = score_detections(verdicts[-1], truths), ""
+    scores = score_detections(verdicts[-1], truths)
     content = {**facts, "scores": dataclasses.asdict(scores)["shares"], "count": scores.count}
     content["confidence"] = scores.confidence
     table = scores.table()

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from diff_dalle.evaluation.alignment import VERDICT, Truth, average_shares, right, shapes_detector
 from diff_dalle.evaluation.intervals import Interval, mean_over_captions, paired_difference
+from diff_dalle.sampling_io.store import Pictures
 
-Pictures = NDArray[np.uint8]
 Draw = Callable[[float, int], Pictures]
 """(strength, seed) -> the pictures of all captions, uint8 [N,H,W,3]."""
 Table = dict[str, NDArray[np.floating]]

@@ -14,10 +14,11 @@ from diff_dalle.data.images import decode
 from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.data.order import spread
 from diff_dalle.errors import UsageError
-from diff_dalle.evaluation.drawing import Drawer, DrawingConfig, Pictures
+from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.report import free_stem, write_report
 from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos, shrink
 from diff_dalle.knobs import knob, require
+from diff_dalle.sampling_io.store import Pictures
 
 _SHOWN, _LARGEST_SHOWN = 6, 256  # rows of the comparison, pixels of a picture in it
 

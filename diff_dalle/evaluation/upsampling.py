@@ -24,8 +24,7 @@ from diff_dalle.evaluation.features import FEATURES, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import Interval, mean_over_captions
 from diff_dalle.models.low_res import downsample
-
-Pictures = NDArray[np.uint8]
+from diff_dalle.sampling_io.store import Pictures
 
 CONSISTENT_DB = 30.0
 _LARGEST_DB = 100.0  # of equal pictures, so that a mean stays finite
