@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from diff_dalle.cascade import Cascade
-from diff_dalle.cascade.share import draw_share, manifest_of, request_of
+from diff_dalle.cascade.share import draw_share, manifest_of, open_writer, request_of
 from diff_dalle.config import parse_sample_run
 from diff_dalle.distributed import (
     all_gather_objects,
@@ -14,7 +14,7 @@ from diff_dalle.distributed import (
     stop,
 )
 from diff_dalle.loading import check_stated
-from diff_dalle.sampling_io.outputs import Workshop, make_output_folder
+from diff_dalle.sampling_io.outputs import make_output_folder, publish
 
 
 def sample(argv: list[str]) -> None:
@@ -30,25 +30,23 @@ def sample(argv: list[str]) -> None:
     folder = broadcast_object(make_output_folder(cfg.log_dir) if world.is_main else None, world)
     assert folder is not None
     with errors_to(folder, world):
-        count = len(request.prompts)
-        made = Workshop.create(folder, count, cascade.sizes) if world.is_main else None
-        workshop = broadcast_object(made, world)
-        assert workshop is not None
+        made = open_writer(folder, cascade, plan, request, cfg) if world.is_main else None
+        writer = broadcast_object(made, world)
+        assert writer is not None
+        writer.require_shared()
         if world.is_main:
-            print(f"drawing {count} images into {folder}", *cascade.notes, *request.notes, sep="\n")
-        try:
+            notes = [*writer.notes(), *cascade.notes, *request.notes]
+            print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
+        with writer.session(world.rank):
             share = draw_share(
-                cascade, plan, request, workshop, cfg, rank=world.rank, ranks=world.size
+                cascade, plan, request, writer, cfg, rank=world.rank, ranks=world.size
             )
-            kept = {n: one for part in all_gather_objects(share, world) for n, one in part.items()}
+            kept = [writer.kept, *all_gather_objects(share, world)]
             if world.is_main:
                 manifest = manifest_of(cascade, plan, request, cfg, kept)
                 captions = [prompt.text for prompt in request.prompts]
-                for place in workshop.publish(captions, manifest, grid_size=cfg.grid_size):
-                    print(place)
-        finally:
-            if world.is_main:
-                workshop.discard()
+                png, side = cfg.save_png, cfg.grid_size
+                print(*publish(writer, captions, manifest, grid_size=side, png=png), sep="\n")
     stop(world)
 
 

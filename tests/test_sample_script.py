@@ -18,7 +18,6 @@ import pytest
 from PIL import Image
 
 from diff_dalle import Cascade
-from diff_dalle.cascade import share
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.store import read_pictures
@@ -272,40 +271,6 @@ def test_mistakes_are_refused_before_anything_is_written(
         sample([*(places.get(word, word) for word in argv), "--log_dir", str(out), *FEW])
     assert "\n" not in str(error.value)
     assert not out.exists()
-
-
-def test_a_run_that_fails_leaves_the_folder_as_it_was(
-    folder: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "config.json").write_text("a training run's")
-    draw = Cascade.draw
-
-    def fail_late(self: Cascade, plan: object, indices: range, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
-        if indices[0] > 0:
-            raise RuntimeError("out of memory")
-        return draw(self, plan, indices, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Cascade, "draw", fail_late)
-    argv = ["--model_path", str(folder / "base.pt"), "--prompts", *PROMPTS, "--batch_size", "1"]
-    with pytest.raises(RuntimeError):
-        sample([*argv, "--log_dir", str(tmp_path), *FEW])
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "error.txt"}
-    assert (tmp_path / "config.json").read_text() == "a training run's"
-
-
-def test_shares_of_more_ranks_than_pictures(folder: Path, tmp_path: Path) -> None:
-    """Ranks 0 … 4 for 3 pictures: two of them have nothing to do."""
-    cascade = Cascade.load(str(folder / "base.pt"))
-    cfg = share.SampleConfig(prompts=PROMPTS, timestep_respacing=["2"])
-    request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
-    workshop = share.Workshop.create(tmp_path, 3, cascade.sizes)
-    kept: dict[int, int] = {}
-    for rank in range(5):
-        kept |= share.draw_share(cascade, plan, request, workshop, cfg, rank=rank, ranks=5)
-    workshop.publish(PROMPTS, {}, grid_size=64)
-    assert kept == {0: 0, 1: 0, 2: 0}
-    expected = cascade.sample(PROMPTS, steps=2, batch_size=1).stages[0]
-    np.testing.assert_array_equal(read_pictures(tmp_path / "samples_3x16x16x3.npz"), expected)
 
 
 def mpiexec() -> str:

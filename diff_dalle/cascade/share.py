@@ -1,9 +1,12 @@
-"""One rank's share of a sampling run, and the manifest of the whole."""
+"""A sampling run: what it is to draw, one rank's share of it, the manifest of the whole."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from diff_dalle.cascade.cascade import Cascade
 from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
 from diff_dalle.sampling_io.config import SampleConfig
-from diff_dalle.sampling_io.outputs import Workshop
+from diff_dalle.sampling_io.writer import OutputWriter
 
 
 def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
@@ -33,24 +36,41 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     return request
 
 
+def open_writer(
+    folder: Path, cascade: Cascade, plan: Plan, request: Request, cfg: SampleConfig
+) -> OutputWriter:
+    """Where the pictures gather; those that an interrupted run of this request drew are there.
+
+    Batch size, ranks and the form of the files may have been others. For one rank only.
+
+    Raises:
+        UsageError: as `OutputWriter.open`.
+    """
+    prompts = [(prompt.text, prompt.source) for prompt in request.prompts]
+    digest = hashlib.sha256(json.dumps([_facts(cascade, plan, cfg), prompts]).encode())
+    for picture in () if request.low_res is None else request.low_res:
+        digest.update(picture.tobytes())
+    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), cascade.sizes)
+
+
 def draw_share(
     cascade: Cascade,
     plan: Plan,
     request: Request,
-    workshop: Workshop,
+    writer: OutputWriter,
     cfg: SampleConfig,
     *,
     rank: int,
     ranks: int,
 ) -> dict[int, int]:
-    """Draw and store every ``ranks``-th picture from number ``rank`` on.
+    """Draw and store this rank's share of the missing pictures.
 
     Rank 0 shows its own progress in network steps.
 
     Returns:
-        The candidate that was kept for each picture of this rank.
+        The candidate that was kept for each picture that was drawn.
     """
-    mine = range(rank, workshop.count, ranks)
+    mine = writer.share(rank, ranks)
     kept: dict[int, int] = {}
     with tqdm(total=len(mine) * plan.steps, unit="step", disable=rank > 0) as bar:
 
@@ -66,14 +86,17 @@ def draw_share(
             low_res=request.low_res,
             on_step=on_step,
         ):
-            workshop.write(indices, result.stages, cfg.save_png)
+            writer.write(indices, result.stages, result.candidates, rank=rank)
             kept |= dict(zip(indices, result.candidates, strict=True))
-    workshop.flush()
     return kept
 
 
 def manifest_of(
-    cascade: Cascade, plan: Plan, request: Request, cfg: SampleConfig, kept: Mapping[int, int]
+    cascade: Cascade,
+    plan: Plan,
+    request: Request,
+    cfg: SampleConfig,
+    kept: Sequence[Mapping[int, int]],
 ) -> dict[str, Any]:
     """What JSON says of a finished run: enough to draw every picture again.
 
@@ -82,16 +105,27 @@ def manifest_of(
         plan: how.
         request: what was to be drawn.
         cfg: the flags.
-        kept: for each index the candidate that was kept.
+        kept: tables that say of every index, in one of them, which candidate was kept.
     """
+    candidates = {index: candidate for table in kept for index, candidate in table.items()}
+    images = [
+        {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
+        for n, prompt in enumerate(request.prompts)
+    ]
+    return {
+        **_facts(cascade, plan, cfg),
+        "batch_size": cfg.batch_size,
+        "notes": request.notes,
+        "images": images,
+    }
+
+
+def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
+    """What decides the pictures beside prompts and small pictures."""
     stages = [
         {**stage.describe(), "steps": part.steps, **asdict(part.settings)}
         | {"classifier_scale": part.classifier_scale}
         for stage, part in zip(cascade.stages, plan.stages, strict=True)
-    ]
-    images = [
-        {"index": index, "prompt": prompt.text, "source": prompt.source, "candidate": kept[index]}
-        for index, prompt in enumerate(request.prompts)
     ]
     return {
         "diff_dalle": diff_dalle.__version__,
@@ -99,10 +133,7 @@ def manifest_of(
         "device": cascade.device.type,
         "precision": cascade.precision,
         "seed": plan.seed,
-        "batch_size": cfg.batch_size,
         "rerank": plan.rerank,
         "low_res": cfg.low_res,
         "stages": stages,
-        "notes": request.notes,
-        "images": images,
     }

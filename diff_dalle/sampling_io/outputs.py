@@ -1,19 +1,19 @@
 """The files of a sampling run: npz, captions, grid, PNG files and manifest.
 
-All are made inside a hidden temporary folder beside their place and moved out when whole, so a
-run that is stopped leaves no half file under a final name (a killed one leaves the hidden
-folder, ``.samples_*``, which may be deleted). Repeated outputs are numbered:
+All are made inside the hidden folder of `writer.OutputWriter` and moved out when whole, so a run
+that is stopped leaves no half file under a final name. Repeated outputs are numbered:
 ``samples_4x64x64x3.npz``, then ``samples_4x64x64x3_2.npz`` with ``grid_2.jpg``, and so on.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from PIL import Image
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.prompts import one_line
 from diff_dalle.sampling_io.store import Pictures, PictureStore
+from diff_dalle.sampling_io.writer import OutputWriter
 
-_PNG_FOLDER = "png"
+_CLAIM = "grid{}.txt"
 
 
 def make_output_folder(log_dir: str | None) -> Path:
@@ -45,143 +46,120 @@ def make_output_folder(log_dir: str | None) -> Path:
     return Path(chosen)
 
 
-@dataclass(frozen=True)
-class Workshop:
-    """The hidden folder in which a run's files grow, shared by all ranks.
+def publish(
+    writer: OutputWriter,
+    captions: Sequence[str],
+    manifest: dict[str, Any],
+    *,
+    grid_size: int,
+    png: bool = False,
+) -> list[Path]:
+    """Make all files of a run, move them to their places and remove the hidden folder.
 
-    Attributes:
-        folder: where the finished files go.
-        work: the hidden folder inside it.
-        count: N, the number of images.
-        sizes: the picture sizes of the stages in pixels, smallest first.
+    Args:
+        writer: holds all pictures.
+        captions: N texts, in the order of the images.
+        manifest: what JSON can hold; ``files`` is added.
+        grid_size: side of the grid in pixels.
+        png: also write every image of the last stage as a PNG file.
+    Returns:
+        The files (and the folder of PNG files, if any), the npz of the last stage first.
     """
+    made = _Made(writer)
+    made.make_files(captions, grid_size)
+    if png:
+        made.make_png_files()
+    places = made.move(manifest)
+    writer.discard()
+    return places
 
-    folder: Path
-    work: Path
-    count: int
-    sizes: tuple[int, ...]
 
-    @classmethod
-    def create(cls, folder: Path, count: int, sizes: Sequence[int]) -> Workshop:
-        """Make the hidden folder; for one rank only.
+class _Made:
+    """The finished files of a run, in a folder inside the hidden one until all are there."""
 
-        Raises:
-            UsageError: the disk is too full or the folder cannot be written.
-        """
-        bytes_a_stage = [count * size * size * 3 for size in sizes]
-        # The last stage is there twice while it is copied into its zip.
-        needed = sum(bytes_a_stage) + max(bytes_a_stage)
-        free = shutil.disk_usage(folder).free
-        if free < needed:
-            raise UsageError(
-                f"{folder} has {free / 2**20:.0f} MB left, but {count} images need "
-                f"{needed / 2**20:.0f} MB while they are written: name another --log_dir"
-            )
+    def __init__(self, writer: OutputWriter) -> None:
+        self.writer = writer
+        self.last = writer.stores[-1]
+        self.work = writer.work / "made"
+        if self.work.exists():  # of a run that was killed while it made them
+            shutil.rmtree(self.work)
+        self.work.mkdir()
+        self.files: dict[str, Path] = {}  # final name, with {} for the number -> file
+
+    def make_files(self, captions: Sequence[str], grid_size: int) -> None:
+        """All files but the manifest and the PNG files."""
+        rows, columns = grid_shape(self.last.count, self.last.size, grid_size)
+        shown = range(min(self.last.count, rows * columns))
+        lines = [one_line(caption) + "\n" for caption in captions]
+        for store in reversed(self.writer.stores):
+            store.pack(self._new(f"{_stem(store)}{{}}.npz"))
+            _write_text(self._new(f"{_stem(store)}{{}}.txt"), "".join(lines))
+        grid = make_grid([self.last.read(index) for index in shown], rows, columns)
+        grid.save(self._new("grid{}.jpg"), quality=95, subsampling=0)
+        _write_text(self._new(_CLAIM), "".join(lines[: len(shown)]))
+
+    def make_png_files(self) -> None:
+        """A folder with one file a picture."""
+        folder = self._new(f"{_stem(self.last)}{{}}")
+        folder.mkdir()
+
+        def save(index: int) -> None:
+            Image.fromarray(self.last.read(index)).save(folder / f"{index:06d}.png")
+
+        with ThreadPoolExecutor() as pool:  # Pillow compresses outside the interpreter's lock
+            list(pool.map(save, range(self.last.count)))
+
+    def move(self, manifest: dict[str, Any]) -> list[Path]:
+        """Everything to its place, the claimed one last."""
+        number = self._claim([*self.files, f"{_stem(self.last)}{{}}.json"])
+        places: list[Path] = []
         try:
-            workshop = cls(
-                folder, Path(tempfile.mkdtemp(prefix=".samples_", dir=folder)), count, tuple(sizes)
-            )
-        except OSError as problem:
-            raise UsageError(
-                f"{folder} cannot be written to ({problem.strerror}): name another --log_dir"
-            ) from problem
-        (workshop.work / _PNG_FOLDER).mkdir()
-        for store in workshop.stores:
-            store.create()
-        return workshop
-
-    @property
-    def stores(self) -> list[PictureStore]:
-        """One store a stage."""
-        return [PictureStore(self.work / f"{n}.npy", self.count, n) for n in self.sizes]
-
-    def write(self, indices: Sequence[int], stages: Sequence[Pictures], png: bool) -> None:
-        """Keep a batch: ``stages`` holds uint8 [B,H,W,3] a stage; any rank may call it."""
-        for store, pictures in zip(self.stores, stages, strict=True):
-            for index, picture in zip(indices, pictures, strict=True):
-                store.write(index, picture)
-        if png:
-            for index, picture in zip(indices, stages[-1], strict=True):
-                Image.fromarray(picture).save(self.work / _PNG_FOLDER / f"{index:06d}.png")
-
-    def flush(self) -> None:
-        """Make what this rank wrote durable, before rank 0 publishes."""
-        for store in self.stores:
-            store.flush()
-
-    def discard(self) -> None:
-        """Remove the hidden folder and all in it."""
-        shutil.rmtree(self.work, ignore_errors=True)
-
-    def publish(
-        self, captions: Sequence[str], manifest: dict[str, Any], *, grid_size: int
-    ) -> list[Path]:
-        """Finish all files, move them to their places and remove the hidden folder.
-
-        Args:
-            captions: N texts, in the order of the images.
-            manifest: what JSON can hold; ``files`` is added.
-            grid_size: side of the grid in pixels.
-        Returns:
-            The files (and the folder of PNG files, if any), the npz of the last stage first.
-        """
-        made = self._make_files(captions, grid_size)  # name with {} for the number -> made file
-        number, claimed = self._claim(list(made))
-        names = [name.format(number) for name in made]
-        _write_text(
-            self.work / "manifest.json",
-            json.dumps({**manifest, "files": names}, indent=1) + "\n",
-        )
-        made[f"{self._stem(self.sizes[-1])}{{}}.json"] = self.work / "manifest.json"
-        places = []
-        for name, file in made.items():
-            place = self.folder / name.format(number)
-            os.replace(file, place)
-            places.append(place)
-        _fsync_folder(self.folder)
-        assert claimed in places  # the claim was an empty file that a whole one has replaced
-        self.discard()
+            names = [name.format(number) for name in self.files]
+            text = json.dumps({**manifest, "files": names}, indent=1) + "\n"
+            _write_text(self._new(f"{_stem(self.last)}{{}}.json"), text)
+            for name in sorted(self.files, key=lambda name: name == _CLAIM):
+                place = self.writer.folder / name.format(number)
+                if place.is_dir():
+                    shutil.rmtree(place)
+                os.replace(self.files[name], place)
+                places.append(place)
+        except BaseException:
+            if not places:
+                (self.writer.folder / _CLAIM.format(number)).unlink()
+            raise
+        _fsync_folder(self.writer.folder)
         return places
 
-    def _stem(self, size: int) -> str:
-        return f"samples_{self.count}x{size}x{size}x3"
+    def _new(self, name: str) -> Path:
+        """Where the file of that name is made."""
+        self.files[name] = self.work / name.format("")
+        return self.files[name]
 
-    def _make_files(self, captions: Sequence[str], grid_size: int) -> dict[str, Path]:
-        """Writes all but the manifest; final name -> finished file in the hidden folder."""
-        rows, columns = grid_shape(self.count, self.sizes[-1], grid_size)
-        shown = range(min(self.count, rows * columns))
-        pictures = [self.stores[-1].read(index) for index in shown]
-        make_grid(pictures, rows, columns).save(self.work / "grid.jpg", quality=95, subsampling=0)
-        lines = [one_line(caption) + "\n" for caption in captions]
-        _write_text(self.work / "grid.txt", "".join(lines[: len(shown)]))
-        made: dict[str, Path] = {}
-        for store in reversed(self.stores):
-            stem = self._stem(store.size)
-            store.pack(self.work / f"{stem}.npz")
-            store.path.unlink()
-            _write_text(self.work / f"{stem}.txt", "".join(lines))
-            made[f"{stem}{{}}.npz"] = self.work / f"{stem}.npz"
-            made[f"{stem}{{}}.txt"] = self.work / f"{stem}.txt"
-        made |= {"grid{}.jpg": self.work / "grid.jpg", "grid{}.txt": self.work / "grid.txt"}
-        if any((self.work / _PNG_FOLDER).iterdir()):
-            made[f"{self._stem(self.sizes[-1])}{{}}"] = self.work / _PNG_FOLDER
-        return made
+    def _claim(self, names: Sequence[str]) -> str:
+        """The first number free for all names, held by a file against other runs.
 
-    def _claim(self, names: Sequence[str]) -> tuple[str, Path]:
-        """The first number free for all names, and the file that holds it against others."""
-        names = [*names, f"{self._stem(self.sizes[-1])}{{}}.json"]
-        attempt = 1
-        while True:
+        It holds the request until its own content comes: a run that was killed while it moved
+        files finds its number again.
+        """
+        folder, mark = self.writer.folder, self.writer.work.name.encode()
+        for attempt in itertools.count(1):
             number = "" if attempt == 1 else f"_{attempt}"
-            attempt += 1
-            if any((self.folder / name.format(number)).exists() for name in names):
+            claim = folder / _CLAIM.format(number)
+            if claim.is_file() and claim.read_bytes() == mark:
+                return number
+            if any((folder / name.format(number)).exists() for name in names):
                 continue
-            claim = self.folder / f"grid{number}.txt"
             try:
-                claim.open("x").close()
+                with claim.open("xb") as file:
+                    file.write(mark)
             except FileExistsError:  # another run took the number this instant
                 continue
-            return number, claim
+            return number
+        raise AssertionError("numbers do not end")
+
+
+def _stem(store: PictureStore) -> str:
+    return f"samples_{store.count}x{store.size}x{store.size}x3"
 
 
 def grid_shape(count: int, size: int, grid_size: int) -> tuple[int, int]:

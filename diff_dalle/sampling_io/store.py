@@ -7,8 +7,10 @@ map kills the process.
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,23 +33,28 @@ class PictureStore:
     def create(self) -> None:
         """Write the header and give the file its full length."""
         with open(self.path, "xb") as file:
-            shape = (self.count, self.size, self.size, 3)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(file, header)
-            file.truncate(file.tell() + self.count * self._bytes_each)
+            file.write(self._header)
+            file.truncate(self._bytes)
+            file.flush()
+            os.fsync(file.fileno())
 
-    def write(self, index: int, picture: Pictures) -> None:
-        """Put picture number ``index``, uint8 [H,W,3], in its place; any rank, any order."""
-        expected = (self.size, self.size, 3)
-        if picture.shape != expected or picture.dtype != np.uint8:
-            raise ValueError(f"picture is {picture.dtype} {picture.shape}, not uint8 {expected}")
-        with open(self.path, "r+b") as file:
-            file.seek(self._offset(index))
-            file.write(picture.tobytes())
+    def is_whole(self) -> bool:
+        """Whether the file is there in its full length."""
+        return self.path.is_file() and self.path.stat().st_size == self._bytes
 
-    def flush(self) -> None:
-        """Make what this process wrote durable and visible to the others."""
-        with open(self.path, "r+b") as file:
+    def write(self, indices: Sequence[int], pictures: Pictures) -> None:
+        """Put pictures uint8 [B,H,W,3] in their places and bring them to the disk; any rank."""
+        expected = (len(indices), self.size, self.size, 3)
+        if pictures.shape != expected or pictures.dtype != np.uint8:
+            raise ValueError(f"pictures are {pictures.dtype} {pictures.shape}, not u8 {expected}")
+        places = [self._offset(index) for index in indices]
+        # Without the right to read, a network file system sends just these bytes, not whole
+        # pages, the rest of which another machine may be writing.
+        with open(os.open(self.path, os.O_WRONLY), "wb") as file:
+            for place, picture in zip(places, pictures, strict=True):
+                file.seek(place)
+                file.write(picture.tobytes())
+            file.flush()
             os.fsync(file.fileno())
 
     def read(self, index: int) -> Pictures:
@@ -71,13 +78,26 @@ class PictureStore:
             os.fsync(out.fileno())
 
     @property
+    def _header(self) -> bytes:
+        shape = (self.count, self.size, self.size, 3)
+        buffer = io.BytesIO()
+        np.lib.format.write_array_header_1_0(
+            buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
+        )
+        return buffer.getvalue()
+
+    @property
     def _bytes_each(self) -> int:
         return self.size * self.size * 3
+
+    @property
+    def _bytes(self) -> int:
+        return len(self._header) + self.count * self._bytes_each
 
     def _offset(self, index: int) -> int:
         if not 0 <= index < self.count:
             raise IndexError(f"picture {index} of {self.count}")
-        return os.path.getsize(self.path) - (self.count - index) * self._bytes_each
+        return len(self._header) + index * self._bytes_each
 
 
 def read_pictures(path: str | Path) -> Pictures:

@@ -1,0 +1,159 @@
+"""An interrupted `scripts/sample.py` goes on: nothing is drawn twice, nothing comes out wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from diff_dalle import Cascade
+from diff_dalle.cascade import share
+from diff_dalle.sampling_io.outputs import publish
+from diff_dalle.sampling_io.store import read_pictures
+
+ROOT = Path(__file__).parent.parent
+TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
+FEW = ["--timestep_respacing", "2", "--device", "cpu"]
+PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star"]
+Sample = Callable[[list[str]], None]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
+
+
+@pytest.fixture(scope="module")
+def sample() -> Sample:
+    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
+
+
+def test_a_run_that_fails_goes_on_where_it_was(
+    folder: Path,
+    tmp_path: Path,
+    sample: Sample,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Bit for bit, with the candidates that were chosen before; what else lies there stays."""
+    (tmp_path / "config.json").write_text("a training run's")
+    draw, drawn = Cascade.draw, []
+
+    def fail_late(self: Cascade, plan: object, indices: range, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        if len(drawn) == 2:
+            raise RuntimeError("out of memory")
+        drawn.extend(indices)
+        return draw(self, plan, indices, *args, **kwargs)  # type: ignore[arg-type]
+
+    argv = ["--model_path", str(folder / "base.pt"), "--classifier_path", str(folder / "clip.pt")]
+    argv += ["--prompts", *PROMPTS, *FEW, "--rerank", "2", "--log_dir", str(tmp_path)]
+    one_by_one = [*argv, "--batch_size", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Cascade, "draw", fail_late)
+        with pytest.raises(RuntimeError):
+            sample(one_by_one)
+    (work,) = tmp_path.glob(".samples_*")
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "error.txt", work.name}
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "are kept" in line]
+    assert line.startswith("2 of 3 pictures are kept in") and "the same command" in line
+    sample([*argv, "--seed", "1"])  # another request leaves it alone
+    assert work.is_dir()
+    drawn.clear()
+    monkeypatch.setattr(Cascade, "draw", fail_late)
+    sample([*argv, "--batch_size", "4", "--grid_size", "64"])
+    assert drawn == [2] and not work.exists()
+    monkeypatch.undo()
+    sample([*one_by_one, "--log_dir", str(tmp_path / "whole")])
+    ends = (tmp_path / "samples_3x16x16x3_2", tmp_path / "whole" / "samples_3x16x16x3")
+    kept, whole = (read_pictures(f"{end}.npz") for end in ends)
+    np.testing.assert_array_equal(kept, whole)
+    kept, whole = (json.loads(Path(f"{end}.json").read_text())["images"] for end in ends)
+    assert kept == whole
+
+
+KILLED = """
+import os, runpy, signal, sys
+from diff_dalle.sampling_io.writer import OutputWriter
+write = OutputWriter.write
+
+def die_in_the_third(self, indices, stages, candidates, *, rank):
+    if 4 in indices:
+        self.stores[0].write(indices, stages[0])
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, indices, stages, candidates, rank=rank)
+
+OutputWriter.write = die_in_the_third
+runpy.run_path(sys.argv[1])["sample"](sys.argv[2:])
+"""
+
+
+def test_a_killed_run_draws_only_what_is_missing(
+    folder: Path, tmp_path: Path, sample: Sample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The npz equals that of a run that nobody killed, bit for bit."""
+    argv = ["--model_path", str(folder / "base.pt"), str(folder / "up32.pt"), "--prompts", *PROMPTS]
+    argv += ["--num_samples", "7", "--batch_size", "2", *FEW, "--log_dir"]
+    out = str(tmp_path / "killed")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, str(ROOT / "scripts" / "sample.py"), *argv, out]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=200)
+    assert done.returncode == -signal.SIGKILL
+    drawn, draw = [], Cascade.draw
+
+    def spy(self: Cascade, plan: object, indices: range, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
+        drawn.extend(indices)
+        return draw(self, plan, indices, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Cascade, "draw", spy)
+    sample([*argv, out])
+    assert drawn == [4, 5, 6]
+    sample([*argv, str(tmp_path / "whole")])
+    for size in (16, 32):
+        name = f"samples_7x{size}x{size}x3.npz"
+        killed, whole = (read_pictures(tmp_path / run / name) for run in ("killed", "whole"))
+        np.testing.assert_array_equal(killed, whole)
+    assert not list((tmp_path / "killed").glob(".samples_*"))
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"prompts": ["x"]}, {"rerank": 2}, {"low_res": 1}])
+def test_what_decides_the_pictures_decides_the_folder(
+    folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    cascade = Cascade.load(str(folder / "base.pt"), str(folder / "clip.pt"))
+    small = change.pop("low_res", 0)
+
+    def work(small: int, **settings: Any) -> Path:
+        cfg = share.SampleConfig(**({"prompts": ["a"], "device": "cpu"} | settings))
+        request = share.request_of(cascade, cfg)
+        request = replace(request, low_res=np.full((1, 2, 2, 3), small, np.uint8))
+        writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request, cfg)
+        writer.discard()
+        return writer.work
+
+    assert work(0) == work(0, batch_size=9, grid_size=9, save_png=True, num_samples=1)
+    assert work(0) != work(small, **change)
+
+
+def test_shares_of_more_ranks_than_pictures(folder: Path, tmp_path: Path) -> None:
+    """Ranks 0 … 4 for 3 pictures: two of them have nothing to do."""
+    cascade = Cascade.load(str(folder / "base.pt"))
+    cfg = share.SampleConfig(prompts=PROMPTS, timestep_respacing=["2"])
+    request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
+    writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
+    kept: dict[int, int] = {}
+    for rank in range(5):
+        kept |= share.draw_share(cascade, plan, request, writer, cfg, rank=rank, ranks=5)
+    publish(writer, PROMPTS, {}, grid_size=64)
+    assert kept == {0: 0, 1: 0, 2: 0}
+    expected = cascade.sample(PROMPTS, steps=2, batch_size=1).stages[0]
+    np.testing.assert_array_equal(read_pictures(tmp_path / "samples_3x16x16x3.npz"), expected)
