@@ -7,7 +7,7 @@ compared with the checkpoint of the stage whose ``image_size`` it names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,7 +30,11 @@ from diff_dalle.training.checkpoint_file import Checkpoint, load_weights
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """One stage of a cascade, in evaluation mode."""
+    """One stage of a cascade, in evaluation mode; the checkpoint is without its weights.
+
+    Autocast keeps its casts of weights from step to step only where they require a gradient, so
+    they do; sampling runs without.
+    """
 
     generator: Generator
     diffusion: GaussianDiffusion
@@ -41,7 +45,7 @@ class LoadedGenerator:
 
 @dataclass(frozen=True)
 class LoadedClassifier:
-    """A noised CLIP, in evaluation mode."""
+    """A noised CLIP, frozen, in evaluation mode; the checkpoint is without its weights."""
 
     clip: NoisyCLIP
     diffusion: GaussianDiffusion
@@ -61,11 +65,11 @@ def load_generator(path: str, device: torch.device | str = "cpu") -> LoadedGener
     generator = Generator(run.generator, run.unet, run.text)
     _fill(generator, checkpoint, path)
     return LoadedGenerator(
-        generator=generator.to(device).eval().requires_grad_(False),
+        generator=generator.to(device).eval(),
         diffusion=make_diffusion(run),
         tokenizer=_tokenizer(checkpoint),
         run=run,
-        checkpoint=checkpoint,
+        checkpoint=replace(checkpoint, state_dict={}),
     )
 
 
@@ -87,7 +91,7 @@ def load_classifier(path: str, device: torch.device | str = "cpu") -> LoadedClas
         diffusion=make_diffusion(run),
         tokenizer=tokenizer,
         run=run,
-        checkpoint=checkpoint,
+        checkpoint=replace(checkpoint, state_dict={}),
     )
 
 

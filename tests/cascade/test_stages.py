@@ -6,11 +6,15 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diff_dalle import Cascade
 from diff_dalle.errors import UsageError
+from diff_dalle.training.precision import Precision, PrecisionConfig
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "programs" / "tiny_cascade.py"))
 
@@ -103,12 +107,41 @@ def test_a_clip_that_does_not_fit_is_refused(
         Cascade.load(str(folder), paths)
 
 
-def test_loaded_models_are_frozen(guided: Cascade) -> None:
+def test_loaded_models_hold_their_weights_once_and_evaluate(guided: Cascade) -> None:
     guide = guided.stages[0].guide
     assert guide is not None
     for model in (*(stage.loaded.generator for stage in guided.stages), guide.loaded.clip):
         assert not any(module.training for module in model.modules())
-        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(parameter.requires_grad for parameter in guide.loaded.clip.parameters())
+    assert all(not loaded.checkpoint.state_dict for loaded in guided.models)
+
+
+def test_the_weights_of_a_generator_are_cast_once_not_at_every_step(
+    guided_base: Cascade, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast, with guidance of both kinds; no gradient reaches the generator."""
+    monkeypatch.setattr(
+        guided_base, "_precision", Precision(PrecisionConfig(precision="bf16"), torch.device("cpu"))
+    )
+    generator = guided_base.stages[0].loaded.generator
+    weights = {weight.data_ptr() for weight in generator.parameters() if weight.ndim > 1}
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            if func is torch.ops.aten._to_copy.default and args[0].data_ptr() in weights:
+                self.count += 1
+            return func(*args, **(kwargs or {}))
+
+    counts = []
+    for steps in (1, 3):
+        with Casts() as casts:
+            drawn = guided_base.sample(["a"], steps=steps, guidance_scale=2.0)
+        counts.append(casts.count)
+    assert 0 < counts[0] == counts[1]
+    assert drawn.stages[0].any()
+    assert all(parameter.grad is None for parameter in generator.parameters())
 
 
 def test_two_clips_of_one_size_are_not_chosen_between(folder: Path, tmp_path: Path) -> None:
