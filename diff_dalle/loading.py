@@ -7,7 +7,7 @@ compared with the checkpoint of the stage whose ``image_size`` it names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from diff_dalle.config import (
 )
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.schedule import ProcessConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.models.clip import NoisyCLIP
 from diff_dalle.models.generator import Generator
@@ -103,15 +104,17 @@ def check_stated(
     Args:
         stated: the flags that the user typed.
         stages: all loaded models; a flag speaks of those with the stated ``image_size`` (or,
-            where no ``image_size`` is stated, of the first).
+            where no ``image_size`` is stated, of the first). The noise process is a generator's:
+            a CLIP has one of its own.
     Raises:
         UsageError: one flag differs, showing both values.
     """
     if not stages:
         return
     size = stated.get("image_size", stages[0].run.image_size)
-    if not any(stage.run.image_size == size for stage in stages):
-        sizes = ", ".join(str(stage.run.image_size) for stage in stages)
+    made = [stage.run.image_size for stage in stages if isinstance(stage, LoadedGenerator)]
+    if size not in made:
+        sizes = ", ".join(map(str, made))
         raise UsageError(f"--image_size is {size}, but the checkpoints make {sizes}")
     for stage in stages:
         if stage.run.image_size == size:
@@ -121,6 +124,8 @@ def check_stated(
 def _compare(stated: Mapping[str, Any], stage: LoadedGenerator | LoadedClassifier) -> None:
     known = to_flat(stage.run)
     shaping = shaping_fields() & known.keys()
+    if isinstance(stage, LoadedClassifier):
+        shaping -= {field.name for field in fields(ProcessConfig)}
     overlaid = {name: value for name, value in stated.items() if name in shaping}
     run_class: type[Any] = type(stage.run)
     given = to_flat(from_flat(run_class, {**known, **overlaid}))

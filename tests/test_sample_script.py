@@ -151,6 +151,22 @@ def test_stated_flags_are_accepted_where_they_agree_and_refused_where_not(
         sample([*argv, "--sigma_small", "True"])
 
 
+def test_stated_flags_of_the_noise_process_are_the_generators(
+    folder: Path, tmp_path: Path, sample: Sample
+) -> None:
+    """The CLIP beside it was trained on 1000 linear steps and eps."""
+    argv = ["--model_path", str(folder / "base.pt"), "--classifier_path", str(folder / "clip.pt")]
+    argv += ["--prompts", "x", "--log_dir", str(tmp_path), "--classifier_width", "32", *FEW]
+    process = ["--prediction", "v", "--noise_schedule", "cosine", "--diffusion_steps", "20"]
+    sample([*argv, *process])
+    with pytest.raises(UsageError, match="--prediction is x0, but the generator of 16 px"):
+        sample([*argv, "--prediction", "x0"])
+    with pytest.raises(UsageError, match="--classifier_width is 64, but the classifier of 16 px"):
+        sample([*argv, "--classifier_width", "64"])
+    with pytest.raises(UsageError, match="--image_size is 8, but the checkpoints make 16$"):
+        sample([*argv, "--image_size", "8"])
+
+
 def test_prompts_from_a_file_are_repeated_and_long_ones_named(
     folder: Path, tmp_path: Path, sample: Sample, capsys: pytest.CaptureFixture[str]
 ) -> None:
