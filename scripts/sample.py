@@ -21,9 +21,8 @@ def sample(argv: list[str]) -> None:
     run = parse_sample_run(argv)
     cfg = run.sample
     world = start(cfg.device, timeout_s=7 * 86400)  # ranks meet when the slowest has drawn
-    cascade = Cascade.load(
-        cfg.model_path, cfg.classifier_path, world.device, cfg.resolved_precision
-    )
+    precision = cfg.resolved_precision
+    cascade = Cascade.load(cfg.model_path, cfg.classifier_path, world.device, precision, warn=False)
     check_stated(run.stated, cascade.models)
     request = request_of(cascade, cfg)
     plan = cascade.plan(cfg, request.low_res)
@@ -35,7 +34,7 @@ def sample(argv: list[str]) -> None:
         assert writer is not None
         writer.require_shared()
         if world.is_main:
-            notes = [*writer.notes(), *cascade.notes, *request.notes]
+            notes = [*writer.notes(), *cascade.notes, *plan.notes(), *request.notes]
             print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
         with writer.session(world.rank):
             share = draw_share(

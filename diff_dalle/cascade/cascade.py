@@ -5,6 +5,7 @@ B batch, N pictures, H W pixels, h w pixels of the stage before.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from diff_dalle.training.stage import to_uint8
 
 PerStage = str | float | Sequence[str | float]
 """One value for all stages, or one a stage."""
+StrPath = str | os.PathLike[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,10 +107,12 @@ class Cascade:
     @classmethod
     def load(
         cls,
-        paths: str | Sequence[str],
-        classifier: str | Sequence[str] | None = None,
+        paths: StrPath | Sequence[StrPath],
+        classifier: StrPath | Sequence[StrPath] | None = None,
         device: str | torch.device = AUTO,
         precision: str = AUTO,
+        *,
+        warn: bool = True,
     ) -> Cascade:
         """A cascade from checkpoints; no argument repeats what they were trained with.
 
@@ -118,6 +122,7 @@ class Cascade:
                 of its own size, or a folder of them.
             device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``.
             precision: ``fp32``, ``fp16``, ``bf16`` or ``auto``; a CPU samples in fp32.
+            warn: of every note; False leaves it to the caller to tell them.
         Raises:
             UsageError: a path that is no checkpoint or of the wrong kind, stages out of order,
                 or sizes that do not fit.
@@ -128,8 +133,11 @@ class Cascade:
             device = torch.device(device)
         except RuntimeError as problem:
             raise UsageError(f"--device is {device!r}: give auto, cpu or cuda") from problem
-        stages = load_stages(_listed(paths), _listed(classifier or []), device)
-        return cls(stages, device, precision)
+        stages = load_stages(_paths(paths), _paths(classifier or []), device)
+        cascade = cls(stages, device, precision)
+        for note in cascade.notes if warn else ():
+            warnings.warn(note, stacklevel=2)
+        return cascade
 
     @property
     def sizes(self) -> list[int]:
@@ -195,8 +203,7 @@ class Cascade:
             rerank=rerank,
             batch_size=batch_size,
         )
-        prompts = self._checked(prompts, low_res)
-        plan = self.plan(cfg, low_res)
+        prompts, plan = self._ready(prompts, cfg, low_res)
         indices = range(len(prompts))
         batches = self.batches(plan, indices, prompts, batch_size=batch_size, low_res=low_res)
         return CascadeResult.join([result for _, result in batches])
@@ -223,8 +230,7 @@ class Cascade:
             timestep_respacing=_texts(steps),
             use_ddim=use_ddim,
         )
-        prompts = self._checked(prompts, low_res)
-        plan = self.plan(cfg, low_res)
+        prompts, plan = self._ready(prompts, cfg, low_res)
         threads = torch.get_num_threads()
 
         def work(emit: Callable[[Preview], None]) -> None:
@@ -336,24 +342,27 @@ class Cascade:
         ]
         return list({(tokenizer.sha256, n): (tokenizer, n) for tokenizer, n in pairs}.values())
 
-    def _checked(self, prompts: str | Sequence[str], low_res: Pictures | None) -> list[str]:
-        """The prompts as a list, warned about where they are cut."""
-        texts = _listed(prompts)
+    def _ready(
+        self, prompts: str | Sequence[str], cfg: SampleConfig, low_res: Pictures | None
+    ) -> tuple[list[str], Plan]:
+        """The prompts as a list and the plan; the caller's caller is warned of what they hold."""
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             raise UsageError("there is no prompt to draw: give at least one")
         if low_res is not None and len(low_res) != len(texts):
             raise UsageError(
                 f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
             )
-        for line in self.describe_cut(
-            [Prompt(text, f"prompt {n}") for n, text in enumerate(texts)]
-        ):
+        plan = self.plan(cfg, low_res)
+        cut = self.describe_cut([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)])
+        for line in [*cut, *plan.notes()]:
             warnings.warn(line, stacklevel=3)
-        return texts
+        return texts, plan
 
 
-def _listed(value: str | Sequence[str]) -> list[str]:
-    return [value] if isinstance(value, str) else list(value)
+def _paths(value: StrPath | Sequence[StrPath]) -> list[str]:
+    values = [value] if isinstance(value, str | os.PathLike) else value
+    return [os.fspath(path) for path in values]
 
 
 def _texts(value: PerStage) -> list[str]:

@@ -48,6 +48,15 @@ class Plan:
         counts = [stage.steps for stage in self.stages]
         return sum(counts) + (self.rerank - 1) * sum(counts[: self.rerank_stage + 1])
 
+    def notes(self) -> list[str]:
+        """What the user should know of these settings."""
+        if not any(part.settings.use_ddim and part.classifier_scale for part in self.stages):
+            return []
+        return [
+            "--use_ddim True beside a CLIP: its gradient leads DDIM far off where noise is near "
+            "total and can ruin a picture even at scale 1; DDPM follows it well"
+        ]
+
 
 def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> Plan:
     """The plan that flags amount to on these stages.
@@ -65,7 +74,7 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
     guidance = per_stage(numbers(cfg.guidance_scale, "guidance_scale"), count, "guidance_scale")
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
     scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
-    _check_unread(stages, scales, cfg)
+    _check_unread(stages, scales, levels, cfg)
     plans = []
     for number, stage in enumerate(stages):
         settings = StageSettings(
@@ -88,14 +97,24 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
     )
 
 
-def _check_unread(stages: Sequence[Stage], scales: Sequence[float], cfg: SampleConfig) -> None:
-    """Refuse settings that nothing would read."""
-    strong = [scale for scale in scales if scale not in (0, 1)]
-    if strong and not any(stage.guide for stage in stages):
-        raise UsageError(
-            f"--classifier_scale is {strong[0]:g}, but there is no CLIP: name one with "
-            "--classifier_path"
-        )
+def _check_unread(
+    stages: Sequence[Stage], scales: Sequence[float], levels: Sequence[float], cfg: SampleConfig
+) -> None:
+    """Refuse settings that nothing would read: a value for all stages needs one that reads it."""
+    one_for_all = len(cfg.classifier_scale) == 1 and any(stage.guide for stage in stages)
+    for scale, stage in zip(scales, stages, strict=True):
+        if scale not in (0, 1) and not stage.guide and not one_for_all:
+            raise UsageError(
+                f"--classifier_scale is {scale:g}, but there is no CLIP for the stage of "
+                f"{stage.image_size} px: name one with --classifier_path, or give 1"
+            )
+    one_for_all = len(cfg.aug_level) == 1 and any(stage.small_size for stage in stages)
+    for level, stage in zip(levels, stages, strict=True):
+        if level and not stage.small_size and not one_for_all:
+            raise UsageError(
+                f"--aug_level is {level:g}, but {stage.path} is a base model, which has no small "
+                "picture to put noise on: give 0"
+            )
     if cfg.ddim_eta and not cfg.use_ddim:
         raise UsageError(f"--ddim_eta is {cfg.ddim_eta:g}: it needs --use_ddim True")
 

@@ -14,6 +14,7 @@ from diff_dalle.cascade import Cascade, CascadeResult
 from diff_dalle.config import SampleConfig
 from diff_dalle.knobs import AUTO, knob, require
 from diff_dalle.sampling_io.outputs import make_output_folder
+from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
 
 
@@ -58,8 +59,9 @@ class Drawer:
     def __init__(self, cfg: DrawingConfig) -> None:
         """Load the models; raises `UsageError` where sample.py would."""
         self._cfg = cfg
+        self._told: set[str] = set()
         self.cascade = Cascade.load(
-            cfg.model_path, cfg.classifier_path or None, cfg.device, cfg.precision
+            cfg.model_path, cfg.classifier_path, cfg.device, cfg.precision, warn=False
         )
 
     def draw(
@@ -93,6 +95,10 @@ class Drawer:
             ),
             low_res,
         )
+        cut = self.cascade.describe_cut(
+            [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
+        )
+        self._tell([*self.cascade.notes, *plan.notes(), *cut])
         results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"
         with tqdm(total=len(prompts), desc=name, unit="img") as bar:
@@ -102,6 +108,13 @@ class Drawer:
                 results.append(result)
                 bar.update(len(indices))
         return CascadeResult.join(results).stages
+
+    def _tell(self, notes: Sequence[str]) -> None:
+        """Print notes, each once however often is drawn."""
+        for note in notes:
+            if note not in self._told:
+                print(note)
+        self._told.update(notes)
 
     def facts(self) -> dict[str, Any]:
         """What a report says of models and settings; ``step`` is the first stage's."""

@@ -29,6 +29,7 @@ PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star", "a large bl
         ({"ddim_eta": 1.5}, "--ddim_eta"),
         ({"ddim_eta": 0.5}, "--ddim_eta is 0.5: it needs --use_ddim True"),
         ({"classifier_scale": [1, 0, 4]}, "--classifier_scale is 4, but there is no CLIP"),
+        ({"aug_level": [0.3, 0, 0]}, "--aug_level is 0.3, but .*base.pt is a base model"),
         ({"batch_size": 0}, "--batch_size"),
         ({"low_res": np.zeros((5, 16, 16, 3), np.uint8)}, "--low_res is for an upsampler"),
     ],
@@ -38,6 +39,26 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match=message):
         cascade.sample(PROMPTS, **settings)
+
+
+def test_a_value_for_a_stage_that_cannot_read_it_is_refused(guided: Cascade, folder: Path) -> None:
+    """One value for all is for those that can."""
+    assert guided.plan(SampleConfig(classifier_scale=["5"])).stages[0].classifier_scale == 5
+    assert guided.plan(SampleConfig(classifier_scale=["5", "1", "0"])).stages[1].steps == 20
+    assert guided.plan(SampleConfig(aug_level=["0.3"])).stages[1].settings.aug_level == 0.3
+    with pytest.raises(UsageError, match="is 5, but there is no CLIP for the stage of 32 px"):
+        guided.plan(SampleConfig(classifier_scale=["1", "5", "1"]))
+    with pytest.raises(UsageError, match="--aug_level is 0.3, but .*base.pt is a base model"):
+        Cascade.load(str(folder / "base.pt")).plan(SampleConfig(aug_level=["0.3"]))
+
+
+def test_ddim_beside_a_clip_is_pointed_out(guided_base: Cascade) -> None:
+    (note,) = guided_base.plan(SampleConfig(use_ddim=True)).notes()
+    assert "--use_ddim True beside a CLIP" in note
+    for harmless in ({"use_ddim": True, "classifier_scale": ["0"]}, {"use_ddim": False}):
+        assert guided_base.plan(SampleConfig(**harmless)).notes() == []
+    with pytest.warns(UserWarning, match="--use_ddim True beside a CLIP"):
+        guided_base.sample("x", use_ddim=True, steps=1)
 
 
 def test_no_prompt_is_refused(cascade: Cascade) -> None:

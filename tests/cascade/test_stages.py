@@ -34,6 +34,11 @@ def test_a_comma_list_and_a_list_are_the_same(folder: Path) -> None:
     assert Cascade.load(",".join(paths)).sizes == Cascade.load(paths).sizes == [16, 32]
 
 
+def test_paths_may_be_path_objects(folder: Path) -> None:
+    assert Cascade.load(folder, folder / "clip.pt").sizes == [16, 32, 64]
+    assert Cascade.load([folder / "base.pt"], [folder / "clip.pt"]).stages[0].guide is not None
+
+
 def test_a_folder_of_runs_gives_the_newest_ema_of_each(folder: Path, tmp_path: Path) -> None:
     for name in ("model000003.pt", "ema_0.99_000002.pt", "ema_0.9_000003.pt", "ema_0.99_000003.pt"):
         TINY["write_generator"](tmp_path / "base" / name, image_size=16)
@@ -152,15 +157,17 @@ def test_two_clips_of_one_size_are_not_chosen_between(folder: Path, tmp_path: Pa
 
 
 def test_a_cpu_samples_in_fp32_and_says_so(folder: Path) -> None:
-    cascade = Cascade.load(files(folder, "base.pt"), precision="fp16")
+    with pytest.warns(UserWarning, match="sampling in fp32") as warned:
+        cascade = Cascade.load(files(folder, "base.pt"), precision="fp16")
     assert cascade.precision == "fp32" and "fp32" in cascade.notes[0]
+    assert warned[0].filename == __file__
     assert Cascade.load(files(folder, "base.pt")).notes == []
 
 
 def test_an_average_of_mostly_initial_weights_is_pointed_out(tmp_path: Path) -> None:
     for rate, share in ((0.9, "48%"), (0.5, None), (None, None)):
         path = TINY["write_generator"](tmp_path / f"{rate}.pt", image_size=16, ema_rate=rate)
-        notes = Cascade.load(str(path)).notes  # step 7: 0.9^7 is 0.478
+        notes = Cascade.load(str(path), warn=False).notes  # step 7: 0.9^7 is 0.478
         assert len(notes) == (share is not None)
         assert share is None or f"{share} of it" in notes[0] and "model000007.pt" in notes[0]
 
