@@ -10,6 +10,7 @@ import csv
 import dataclasses
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,18 +51,21 @@ class Curve:
 def read_curves(files: Sequence[str], x: str, y: Sequence[str], x_scale: float) -> list[Curve]:
     """The curves in some files.
 
-    A CSV file holds whole curves, labelled with its folder where there are several. All JSON
-    files together hold one curve, each file one point. A name may leave out the front of a path:
-    ``colour`` finds ``scores.colour``. Values that are missing or not finite are left out.
+    A CSV file holds whole curves, labelled, where there are several, with its folder (with the
+    file where a folder holds two). All JSON files together hold one curve, each file one point. A
+    name may leave out the front of a path: ``colour`` finds ``scores.colour``. Values that are
+    missing or not finite are left out.
 
     Raises:
-        UsageError: a file that cannot be read, or a name that is in none of them.
+        UsageError: a file that cannot be read, a name that is in none of them, or one that has no
+            value to draw.
     """
+    paths = [Path(file) for file in dict.fromkeys(files)]
+    folders = Counter(path.parent for path in paths if path.suffix == ".csv")
     tables: dict[str, list[dict[str, float]]] = {}
-    for file in files:
-        rows = _read(Path(file))
-        label = str(Path(file).parent) if file.endswith(".csv") else ""
-        tables.setdefault(label, []).extend(rows)
+    for path in paths:
+        label = str(path if folders[path.parent] > 1 else path.parent)
+        tables.setdefault(label if path.suffix == ".csv" else "", []).extend(_read(path))
     curves = []
     for label, rows in tables.items():
         for name in y:
@@ -143,6 +147,8 @@ def _curve(label: str, rows: Sequence[dict[str, float]], x: str, y: str, scale: 
         for row in rows
         if all(math.isfinite(row.get(name, math.nan)) for name in (at, value, low, high))
     )
+    if not points:
+        raise UsageError(f"--y {y} has no finite value in --files: there is nothing to draw")
     return Curve(label, *([point[i] for point in points] for i in range(4)))
 
 

@@ -46,6 +46,21 @@ def test_several_runs_are_told_apart(progress: str, tmp_path: Path) -> None:
     assert labels == [f"{tmp_path}: loss", f"{other.parent}: loss"]
 
 
+def test_two_tables_of_one_folder_are_two_curves(progress: str, tmp_path: Path) -> None:
+    other = tmp_path / "earlier.csv"
+    other.write_text("step,loss\n5,1.5\n10,1\n")
+    first, second = read_curves([progress, str(other), progress], "step", ["loss"], 1)
+    assert (first.label, first.x) == (f"{progress}: loss", [10, 20])
+    assert (second.label, second.x) == (f"{other}: loss", [5, 10])
+
+
+def test_a_column_without_a_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "progress.csv"
+    path.write_text("step,loss\n10,nan\n20,nan\n")
+    with pytest.raises(UsageError, match="--y loss has no finite value .* nothing to draw"):
+        draw_curves(CurvesConfig(files=[str(path)], y=["loss"], out=str(tmp_path / "x.png")))
+
+
 def test_measurements_are_points_of_one_curve_with_intervals(measured: list[str]) -> None:
     (curve,) = read_curves(measured, "step", ["scores.colour"], 32.0)
     assert (curve.x, curve.y) == ([3200, 6400], [0.25, 0.5])
