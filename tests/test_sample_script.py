@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from diff_dalle import Cascade
+from diff_dalle.data.dataset import Dataset, Raw
 from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.store import read_pictures
@@ -204,6 +205,27 @@ def test_prompts_from_shards(folder: Path, tmp_path: Path, sample: Sample) -> No
     argv = ["--model_path", str(folder / "base.pt"), "--data_dir", str(tmp_path / "data"), *FEW]
     sample([*argv, "--log_dir", str(tmp_path / "out")])
     assert (tmp_path / "out" / "grid.txt").read_text().splitlines() == ["first", "second"]
+
+
+def test_no_more_captions_are_read_than_are_drawn(
+    folder: Path,
+    tmp_path: Path,
+    sample: Sample,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names = "abcde"
+    write_shard(tmp_path / "0.tar", [(name, png(noise(8)), name) for name in names])
+    read, plain = [], Dataset.read
+
+    def spy(self: Dataset, sample: int, *, image: bool = True) -> Raw:
+        read.append(sample)
+        return plain(self, sample, image=image)
+
+    monkeypatch.setattr(Dataset, "read", spy)
+    argv = ["--model_path", str(folder / "base.pt"), "--data_dir", str(tmp_path / "0.tar"), *FEW]
+    sample([*argv, "--num_samples", "2", "--log_dir", str(tmp_path / "out")])
+    assert max(read) == 1 and "skipped" not in capsys.readouterr().out
 
 
 def test_samples_without_a_caption_are_counted(

@@ -17,7 +17,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts
-from diff_dalle.sampling_io.store import Pictures, read_pictures
+from diff_dalle.sampling_io.store import Pictures, map_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +60,11 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
     notes: list[str] = []
 
     def shard_prompts(path: str) -> list[Prompt]:
-        """The first caption of every sample that has one."""
+        """The first caption of every sample that has one, as far as they are to be drawn."""
         dataset = _open(path, "data_dir", with_text=True)
-        found = [Prompt(text, f"{path} sample {key}") for key, text in dataset.first_captions()]
-        if len(found) < len(dataset):
+        captions = dataset.first_captions(cfg.num_samples)
+        found = [Prompt(text, f"{path} sample {key}") for key, text in captions]
+        if len(found) < len(dataset) and len(found) != cfg.num_samples:
             left = len(dataset) - len(found)
             notes.append(f"--data_dir {path}: skipped {left} samples without a usable caption")
         return found
@@ -92,7 +93,7 @@ def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Pro
     assert cfg.low_res is not None
     if Path(cfg.low_res).is_file() and not cfg.low_res.endswith(".tar"):
         try:
-            pictures = read_pictures(cfg.low_res)
+            pictures = map_pictures(cfg.low_res)
         except (OSError, ValueError) as problem:
             raise UsageError(
                 f"--low_res {cfg.low_res} is no npz of pictures ({problem}): give what sample.py "

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import io
 import os
+import struct
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,17 +104,49 @@ class PictureStore:
 
 
 def read_pictures(path: str | Path) -> Pictures:
-    """The array ``arr_0`` of an npz file, uint8 [N,H,W,3].
+    """The array ``arr_0`` of an npz file, uint8 [N,H,W,3], its checksum looked at.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no npz, is damaged, or holds something else.
     """
+    with _entry(path) as (_, entry):
+        return _checked(np.lib.format.read_array(entry, allow_pickle=False))
+
+
+def map_pictures(path: str | Path) -> Pictures:
+    """As `read_pictures`, but pictures are read when they are used, and no checksum is.
+
+    A compressed array cannot be mapped: it is read whole.
+    """
+    with _entry(path) as (info, entry):
+        if info.compress_type == zipfile.ZIP_STORED and np.lib.format.read_magic(entry) == (1, 0):
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(entry)
+            start = _data_offset(path, info) + entry.tell()
+            order: Literal["F", "C"] = "F" if fortran else "C"
+            return _checked(np.memmap(path, dtype, "r", start, shape, order))
+    return read_pictures(path)
+
+
+@contextmanager
+def _entry(path: str | Path) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
+    """The array's entry in the zip, open; what is wrong with it becomes a `ValueError`."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
-            pictures: Pictures = np.lib.format.read_array(entry, allow_pickle=False)
+            yield archive.getinfo("arr_0.npy"), entry
     except (zipfile.BadZipFile, KeyError) as problem:
         raise ValueError(str(problem).strip("\"'")) from problem
+
+
+def _data_offset(path: str | Path, info: zipfile.ZipInfo) -> int:
+    """Where an entry's bytes begin: its local header ends with two fields of any length."""
+    with open(path, "rb") as file:
+        file.seek(info.header_offset + 26)
+        name_length, extra_length = struct.unpack("<HH", file.read(4))
+    return info.header_offset + 30 + int(name_length) + int(extra_length)
+
+
+def _checked(pictures: NDArray[Any]) -> Pictures:
     if pictures.dtype != np.uint8 or pictures.ndim != 4 or pictures.shape[-1] != 3:
         raise ValueError(f"arr_0 is {pictures.dtype} {pictures.shape}, not uint8 [N,H,W,3]")
     return pictures

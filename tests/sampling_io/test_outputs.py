@@ -8,6 +8,7 @@ import shutil
 import signal
 import tracemalloc
 from collections import namedtuple
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.outputs import grid_shape, make_grid, make_output_folder, publish
-from diff_dalle.sampling_io.store import Pictures, PictureStore, read_pictures
+from diff_dalle.sampling_io.store import Pictures, PictureStore, map_pictures, read_pictures
 from diff_dalle.sampling_io.writer import OutputWriter
 
 
@@ -295,7 +296,33 @@ def test_the_store_refuses_foreign_pictures(tmp_path: Path) -> None:
         store.write([2], pictures(1, 4))
 
 
-def test_what_is_no_npz_of_pictures_is_refused(tmp_path: Path) -> None:
+def test_pictures_are_mapped_where_they_can_be(tmp_path: Path) -> None:
+    stage = pictures(3, 8)
+    (npz, *_) = write_run(tmp_path, [stage])
+    np.savez(tmp_path / "numpy.npz", stage)
+    np.savez_compressed(tmp_path / "small.npz", stage)
+    np.savez(tmp_path / "fortran.npz", np.asfortranarray(stage))
+    for path, mapped in ((npz, True), ("numpy.npz", True), ("small.npz", False)):
+        found = map_pictures(tmp_path / path)
+        assert isinstance(found, np.memmap) == mapped
+        np.testing.assert_array_equal(found, stage)
+    np.testing.assert_array_equal(map_pictures(tmp_path / "fortran.npz"), stage)
+
+
+def test_a_damaged_npz_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez(path, pictures(2, 4))
+    data = bytearray(path.read_bytes())
+    data[-200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="CRC"):
+        read_pictures(path)
+
+
+@pytest.mark.parametrize("read_pictures", [read_pictures, map_pictures])
+def test_what_is_no_npz_of_pictures_is_refused(
+    tmp_path: Path, read_pictures: Callable[[Path], Pictures]
+) -> None:
     path = tmp_path / "x.npz"
     np.savez(path, np.zeros((2, 4, 4, 3)))
     with pytest.raises(ValueError, match="float64"):
