@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,21 +20,35 @@ _GAP = 6
 _RIGHT, _WRONG = (20, 120, 40), (190, 30, 30)
 
 
-def free_stem(folder: Path, name: str) -> Path:
-    """``folder/name``, or with a number behind it where files of that stem are there already."""
+def write_report(
+    folder: Path,
+    name: str,
+    content: dict[str, Any],
+    table: str,
+    picture: Image.Image | None = None,
+) -> list[Path]:
+    """Writes ``name.json``, ``name.md`` and perhaps ``name.png``; returns their paths.
+
+    There is a number behind the name where files of that name are there already.
+    """
     taken = {path.stem for path in folder.iterdir()}
-    number = 1
-    while (stem := name if number == 1 else f"{name}_{number}") in taken:
-        number += 1
-    return folder / stem
-
-
-def write_report(stem: Path, content: dict[str, Any], table: str) -> list[Path]:
-    """Writes ``stem.json`` and ``stem.md``; returns both paths."""
-    data, text = stem.with_suffix(".json"), stem.with_suffix(".md")
-    data.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text.write_text(table + "\n", encoding="utf-8")
-    return [data, text]
+    for number in itertools.count(1):
+        stem = name if number == 1 else f"{name}_{number}"
+        if stem in taken:
+            continue
+        data = folder / f"{stem}.json"
+        try:
+            with data.open("x", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        except FileExistsError:  # another measurement took the name this instant
+            continue
+        break
+    files = [data, data.with_suffix(".md")]
+    files[1].write_text(table + "\n", encoding="utf-8")
+    if picture is not None:
+        files.append(data.with_suffix(".png"))
+        picture.save(files[2])
+    return files
 
 
 def verdict_rows(

@@ -12,9 +12,10 @@ from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.alignment import agreement, score_detections, shapes_detector, truth_of
 from diff_dalle.evaluation.detector_check import check_detector
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
-from diff_dalle.evaluation.report import free_stem, verdict_grid, verdict_rows, write_report
+from diff_dalle.evaluation.report import verdict_grid, verdict_rows, write_report
 from diff_dalle.evaluation.sweep import sweep
 from diff_dalle.knobs import knob, require
+from diff_dalle.sampling_io.outputs import manifest_beside
 from diff_dalle.sampling_io.store import Pictures, read_pictures
 
 _GRID = 64  # pictures that the grid shows
@@ -80,15 +81,13 @@ def evaluate_shapes(cfg: ShapesConfig) -> tuple[list[Path], str]:
         )
     if cfg.images:
         stages, captions = read_outputs(cfg.images, cfg.captions or "")
-        return report_pictures(
-            stages, captions, cfg.folder(), {"settings": dataclasses.asdict(cfg)}
-        )
+        return report_pictures(stages, captions, cfg.folder(), _facts_of(cfg, len(captions)))
     drawer, prompts = Drawer(cfg), cfg.prompts()
     if cfg.is_sweep:
         return _report_sweep(drawer, prompts, cfg)
-    scale, seed = cfg.classifier_scale[0], cfg.seeds[0]
-    stages = drawer.draw(prompts, seed=seed, classifier_scale=scale)
-    return report_pictures(stages, prompts, cfg.folder(), drawer.facts())
+    folder = cfg.folder()  # before hours of drawing, not after them
+    stages = drawer.draw(prompts, seed=cfg.seeds[0], classifier_scale=cfg.classifier_scale[0])
+    return report_pictures(stages, prompts, folder, drawer.facts())
 
 
 def write_captions(path: Path, captions: Sequence[str]) -> Path:
@@ -132,11 +131,9 @@ def report_pictures(
         content["agreement"] = {name: dataclasses.asdict(share) for name, share in kept.items()}
         table += f"\n\nthe same verdict on {sizes}: {kept['verdict']}"
     content["pictures"] = verdict_rows(captions, truths, verdicts[-1])
-    stem = free_stem(folder, "alignment")
     shown = slice(0, _GRID)
-    grid = stem.with_suffix(".png")
-    verdict_grid(stages[-1][shown], truths[shown], verdicts[-1][shown]).save(grid)
-    return [*write_report(stem, content, table), grid], table
+    grid = verdict_grid(stages[-1][shown], truths[shown], verdicts[-1][shown])
+    return write_report(folder, "alignment", content, table, grid), table
 
 
 def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], list[str]]:
@@ -160,13 +157,23 @@ def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], 
     return stages, lines
 
 
+def _facts_of(cfg: ShapesConfig, count: int) -> dict[str, Any]:
+    """What a report says of finished pictures: as `Drawer.facts`, if their manifest is there."""
+    settings = {**dataclasses.asdict(cfg), "num_samples": count}
+    manifest = manifest_beside(Path(cfg.images[-1]))
+    if manifest is None:
+        return {"settings": settings}
+    stages = manifest["stages"]
+    return {"step": stages[0]["checkpoint"]["step"], "stages": stages, "settings": settings}
+
+
 def _report_sweep(
     drawer: Drawer, prompts: Sequence[str], cfg: ShapesConfig
 ) -> tuple[list[Path], str]:
     """``guidance.json`` and ``guidance.md``: alignment for each strength."""
     if len(cfg.classifier_scale) > 1 and not cfg.classifier_path:
         raise UsageError("--classifier_scale lists strengths, but of what: give --classifier_path")
-    truths = [truth_of(prompt) for prompt in prompts]
+    truths, folder = [truth_of(prompt) for prompt in prompts], cfg.folder()
 
     def last_stage(scale: float, seed: int) -> Pictures:
         return drawer.draw(prompts, seed=seed, classifier_scale=scale)[-1]
@@ -174,4 +181,4 @@ def _report_sweep(
     report = sweep(last_stage, truths, cfg.classifier_scale, cfg.seeds)
     content = {**drawer.facts(), **report.to_json()}
     table = report.table()
-    return write_report(free_stem(cfg.folder(), "guidance"), content, table), table
+    return write_report(folder, "guidance", content, table), table

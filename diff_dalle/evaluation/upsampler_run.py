@@ -15,7 +15,7 @@ from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.data.order import spread
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
-from diff_dalle.evaluation.report import free_stem, write_report
+from diff_dalle.evaluation.report import write_report
 from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos, shrink
 from diff_dalle.knobs import knob, require
 from diff_dalle.sampling_io.store import Pictures
@@ -52,15 +52,14 @@ def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
         cfg.data_dir, cfg.num_samples, stage.image_size, with_text=stage.reads_text
     )
     small = shrink(true, stage.small_size)
+    folder = cfg.folder()  # before hours of drawing, not after them
     (output,) = drawer.draw(
         captions, seed=cfg.seed, classifier_scale=cfg.classifier_scale, low_res=small
     )
     report = compare_with_lanczos(true, small, output)
-    stem = free_stem(cfg.folder(), "upsampler")
-    grid = stem.with_suffix(".png")
-    comparison(true, small, output).save(grid)
-    files = write_report(stem, {**drawer.facts(), **report.to_json()}, report.table())
-    return [*files, grid], report.table()
+    content, table = {**drawer.facts(), **report.to_json()}, report.table()
+    grid = comparison(true, small, output)
+    return write_report(folder, "upsampler", content, table, grid), table
 
 
 def read_held_out(

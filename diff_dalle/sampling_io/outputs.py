@@ -74,6 +74,18 @@ def publish(
     return places
 
 
+def manifest_beside(npz: Path) -> dict[str, Any] | None:
+    """The manifest of the run that wrote an npz file, if it lies beside it."""
+    for path in sorted(npz.parent.glob("samples_*.json")):
+        try:
+            manifest = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(manifest, dict) and npz.name in manifest.get("files", ()):
+            return manifest
+    return None
+
+
 class _Made:
     """The finished files of a run, in a folder inside the hidden one until all are there."""
 

@@ -14,6 +14,7 @@ from diff_dalle.data.scenes import sample_scene
 from diff_dalle.data.writer import Sample, write_shards
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
+from diff_dalle.evaluation.report import write_report
 from diff_dalle.evaluation.shapes_run import ShapesConfig, evaluate_shapes, report_pictures
 from diff_dalle.evaluation.upsampler_run import (
     UpsamplerConfig,
@@ -171,6 +172,46 @@ def test_an_earlier_report_stays(outputs: dict[str, Any]) -> None:
     (second, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
     assert (first.name, second.name) == ("alignment.json", "alignment_2.json")
     assert first.read_bytes() == before
+
+
+def test_pictures_of_a_run_say_which_step_drew_them(outputs: dict[str, Any]) -> None:
+    """The manifest beside them does; plot_curves takes the step for its horizontal axis."""
+    (data, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    assert read(data)["settings"]["num_samples"] == 8 and "step" not in read(data)
+    stages = [{"checkpoint": {"step": 70}}, {"checkpoint": {"step": 9}}]
+    manifest = {"files": ["samples_8x128x128x3.npz"], "stages": stages}
+    folder = Path(outputs["log_dir"])
+    (folder / "samples_8x128x128x3.json").write_text(json.dumps(manifest))
+    (folder / "samples_1x1x1x3.json").write_text("[")
+    (data, *_), _ = evaluate_shapes(ShapesConfig(**outputs))
+    assert read(data)["step"] == 70 and read(data)["stages"] == stages
+
+
+@pytest.mark.parametrize("sweep", [False, True])
+def test_a_folder_that_cannot_be_made_is_found_before_drawing(
+    models: Path, tmp_path: Path, sweep: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(Drawer, "draw", lambda *_, **__: pytest.fail("drawn"))
+    cfg = ShapesConfig(
+        model_path=paths(models, "base.pt"),
+        log_dir=str(tmp_path / "file"),
+        seeds=[0, 1] if sweep else [0],
+        **FAST,
+    )
+    with pytest.raises(UsageError, match="file cannot be made"):
+        evaluate_shapes(cfg)
+
+
+def test_two_measurements_never_share_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may write a report between the look at the folder and the file."""
+    first = write_report(tmp_path, "x", {"first": 1}, "")
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter(()))
+    second = write_report(tmp_path, "x", {"second": 2}, "")
+    assert [path.name for path in second] == ["x_2.json", "x_2.md"]
+    assert read(first[0]) == {"first": 1}
 
 
 def test_pictures_and_captions_that_differ_in_number_are_refused(outputs: dict[str, Any]) -> None:
