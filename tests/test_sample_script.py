@@ -251,6 +251,23 @@ def test_stage_by_stage_through_files_equals_one_run(
     np.testing.assert_array_equal(one, alone)
 
 
+def test_captions_beside_an_npz_are_those_that_were_typed(
+    folder: Path, tmp_path: Path, sample: Sample
+) -> None:
+    prompts = ["a red\ncircle", r"a red\ncircle"]  # one line of the .txt stands for both
+    base, out = ["--model_path", str(folder / "base.pt")], tmp_path / "up"
+    sample([*base, "--prompts", *prompts, *FEW, "--log_dir", str(tmp_path)])
+    npz = tmp_path / "samples_2x16x16x3.npz"
+    argv = ["--model_path", str(folder / "up32.pt"), "--low_res", str(npz), *FEW]
+    sample([*argv, "--log_dir", str(out)])
+    manifest = json.loads((out / "samples_2x32x32x3.json").read_text())
+    assert [image["prompt"] for image in manifest["images"]] == prompts
+    npz.with_suffix(".json").unlink()
+    npz.with_suffix(".txt").write_bytes(b"\xff\n\xff\n")
+    with pytest.raises(UsageError, match="samples_2x16x16x3.txt is no UTF-8"):
+        sample([*argv, "--log_dir", str(out)])
+
+
 def test_an_upsampler_alone_takes_shards(
     folder: Path, tmp_path: Path, sample: Sample, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -16,6 +16,7 @@ from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.errors import UsageError
 from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.sampling_io.outputs import manifest_beside
 from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 
@@ -105,13 +106,20 @@ def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Pro
 
 def _captions_beside(npz: Path, count: int) -> list[Prompt]:
     """The captions that sampling wrote beside an npz file, if they are there and fit."""
+    manifest = manifest_beside(npz)
     path = npz.with_suffix(".txt")
-    if not path.is_file():
+    if manifest is not None:  # as they were typed: a line of the .txt may hold escapes
+        texts = [image["prompt"] for image in manifest["images"]]
+    elif path.is_file():
+        try:
+            texts = path.read_text(encoding="utf-8").split("\n")[:-1]
+        except UnicodeDecodeError as problem:
+            raise UsageError(f"{path} is no UTF-8: give the captions with --data_dir") from problem
+    else:
         return []
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if len(lines) != count:
+    if len(texts) != count:
         return []
-    return [Prompt(line, f"{path} line {n}") for n, line in enumerate(lines, start=1)]
+    return [Prompt(text, f"{npz} picture {n}") for n, text in enumerate(texts)]
 
 
 def _shard_pictures(
