@@ -195,6 +195,26 @@ def test_only_the_same_request_goes_on(tmp_path: Path) -> None:
         OutputWriter.open(tmp_path, REQUEST, 2, [4])
 
 
+@pytest.mark.parametrize(
+    ("rank", "problem", "speaks"),
+    [(0, KeyboardInterrupt, True), (1, KeyboardInterrupt, False), (1, RuntimeError, True)],
+)
+def test_an_interruption_says_what_is_kept(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rank: int,
+    problem: type[BaseException],
+    speaks: bool,
+) -> None:
+    writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    with pytest.raises(problem), writer.session(rank):
+        writer.write([0], [pictures(1, 4)], [0], rank=rank)
+        raise problem
+    told = capsys.readouterr().err
+    assert ("1 of 2 pictures are kept in" in told) == speaks
+    assert OutputWriter.open(tmp_path, REQUEST, 2, [4]).kept == {0: 0}
+
+
 def test_a_store_that_is_not_whole_is_begun_anew(tmp_path: Path) -> None:
     writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
     writer.write([0], [pictures(1, 4)], [0], rank=0)
