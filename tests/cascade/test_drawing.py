@@ -41,6 +41,7 @@ def similarity(cascade: Cascade, pictures: np.ndarray, prompts: list[str]) -> np
         ).numpy()
 
 
+@pytest.mark.filterwarnings("ignore:--use_ddim True beside a CLIP")
 @pytest.mark.parametrize(("use_ddim", "scale"), [(False, 30), (True, 3)])
 def test_the_gradient_points_uphill(
     folder: Path, tmp_path: Path, use_ddim: bool, scale: float
