@@ -263,7 +263,8 @@ class SampleRun:
 def parse_sample_run(argv: Sequence[str]) -> SampleRun:
     """The run that a command line of ``sample.py`` asks for."""
     own = {field.name for field in dataclasses.fields(SampleConfig)}
-    values = Parser([SampleConfig], optional=_SHAPING).parse(argv)
+    # What the loss was is stated by habit, and changes nothing in sampling.
+    values = Parser([SampleConfig], optional=(*_SHAPING, LossConfig)).parse(argv)
     sample = SampleConfig(**{name: value for name, value in values.items() if name in own})
     stated = {name: value for name, value in values.items() if name not in own}
     return SampleRun(sample=sample, stated=stated)

@@ -26,6 +26,8 @@ from diff_dalle.distributed.world import (
 )
 from diff_dalle.errors import UsageError
 
+_MEETING = datetime.timedelta(minutes=5)  # how long a rank tries to reach rank 0
+
 # What hydra, Open MPI and Slurm's PMI leave for a child that would start MPI itself.
 _MPI_VARIABLES = ("PMI_", "PMIX_", "OMPI_COMM_WORLD_", "MPI_LOCAL")
 
@@ -48,7 +50,7 @@ def start(device: str = "auto", *, timeout_s: float = 1800.0) -> World:
         return World(device=choose_device(device, local_rank=0), launcher=launch.launcher)
     timeout = datetime.timedelta(seconds=timeout_s)
     if launch.launcher == "mpi":
-        local_rank, local_size, store = _meet_through_mpi(launch, timeout)
+        local_rank, local_size, store = _meet_through_mpi(launch)
     else:
         local_rank = int(os.environ.get("LOCAL_RANK", launch.rank))
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", launch.size))
@@ -75,7 +77,7 @@ def stop(world: World) -> None:
         dist.destroy_process_group()
 
 
-def _meet_through_mpi(launch: Launch, timeout: datetime.timedelta) -> tuple[int, int, dist.Store]:
+def _meet_through_mpi(launch: Launch) -> tuple[int, int, dist.Store]:
     """Initialise MPI; returns local rank, local size and a store that all ranks reach.
 
     Rank 0 serves the store under its host name, or under MASTER_ADDR where that is set.
@@ -106,11 +108,11 @@ def _meet_through_mpi(launch: Launch, timeout: datetime.timedelta) -> tuple[int,
     store = None
     if comm.rank == 0:
         store = dist.TCPStore(
-            address, 0, comm.size, is_master=True, timeout=timeout, wait_for_workers=False
+            address, 0, comm.size, is_master=True, timeout=_MEETING, wait_for_workers=False
         )
     address, port = comm.bcast((address, store.port if store else 0))
     if store is None:
-        store = dist.TCPStore(address, port, comm.size, is_master=False, timeout=timeout)
+        store = dist.TCPStore(address, port, comm.size, is_master=False, timeout=_MEETING)
     return local_rank, local_size, store
 
 
