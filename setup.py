@@ -45,7 +45,7 @@ setup(
         "braceexpand",
         "transformers>=5",
         "tokenizers",
-        "pillow",
+        "pillow>=10.1",
         "tqdm",
         "pyyaml",
         "tensorboard",

@@ -77,6 +77,7 @@ def decode(data: bytes, size: int, *, crop: Crop | None = None, flip: bool = Fal
     Raises:
         BadSample: "empty file", "not an image", "truncated", "broken", "bomb" (too many
             pixels) or "too small" (the shorter side has fewer than S pixels).
+        MemoryError: there is no room for the decoded picture.
     """
     if not data:
         raise BadSample("empty file")
@@ -85,8 +86,8 @@ def decode(data: bytes, size: int, *, crop: Crop | None = None, flip: bool = Fal
         warnings.simplefilter("ignore")
         try:
             picture = _square(data, size, crop)
-        except BadSample:
-            raise
+        except (BadSample, MemoryError, AttributeError):
+            raise  # the last two are the machine's and the library's faults, not the file's
         except Exception as error:  # decoders raise anything on hostile bytes
             raise BadSample(_reason(error)) from error
     pixels = np.asarray(picture)  # [S,S,3]
@@ -123,6 +124,8 @@ def _square(data: bytes, size: int, crop: Crop | None) -> Image.Image:
     extent = draft[1][2:] if draft else picture.size
     if picture.width * picture.height > MAX_PIXELS:
         raise BadSample("bomb")
+    # Before the metadata: what reads those of a PNG loads it too, and swallows its faults.
+    picture.load()
     turn = _UPRIGHT.get(_orientation(picture))
     picture = _as_rgb(picture)
     across, down = extent[0] / wide, extent[1] / high  # decoded pixels per resized pixel

@@ -6,6 +6,7 @@ import io
 import math
 import struct
 import time
+import warnings
 import zlib
 from collections import Counter
 
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from diff_dalle.data import images
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import Crop, decode, resized_and_corner
 
@@ -226,6 +228,35 @@ def test_reasons_are_short_and_stable() -> None:
     assert reason(encoded(scene(64, 64), "PNG")[:-200]) == "truncated"
     assert reason(huge_png(10_000)) == "bomb"
     assert reason(huge_png(60_000)) == "bomb"
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_what_cannot_be_loaded_whole_is_refused(kind: str) -> None:
+    whole, refused = encoded(scene(48, 40), kind), 0
+    rng = np.random.default_rng(1)
+    for place in np.linspace(20, len(whole) - 1, 120, dtype=int):
+        data = bytearray(whole)
+        data[place] ^= int(rng.integers(1, 256))
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                Image.open(io.BytesIO(data)).load()
+        except Exception:
+            refused += 1
+            assert reason(bytes(data)), place
+    assert refused > 5
+
+
+def test_faults_of_the_machine_and_the_library_are_not_the_files(monkeypatch) -> None:
+    data = encoded(scene(40, 40), "PNG")
+    for error in (MemoryError, AttributeError):
+
+        def fail(picture: Image.Image, error: type[Exception] = error) -> Image.Image:
+            raise error
+
+        monkeypatch.setattr(images, "_as_rgb", fail)
+        with pytest.raises(error):
+            decode(data, 16)
 
 
 def test_hostile_bytes_give_a_reason_or_pixels_never_an_exception() -> None:
