@@ -1,28 +1,19 @@
 """Batches for one rank: open the data, then read them in training or evaluation.
 
-Worker processes start from a fork server, a clean process that has imported torch and nothing
-else ran in. A plain fork copies a process whose MPI, Gloo and OpenMP threads hold locks that
-nobody will release; a plain spawn imports torch (seconds) for every worker. The server starts
-when the data are opened, so it is ready by the time the first batch is asked for.
+The server that workers start from (see `workers`) starts when the data are opened, so it is
+ready by the time the first batch is asked for.
 
 Notation: B batch, L tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
 import os
 import random
-import sys
-import threading
-import types
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from typing import Any
 
 import numpy as np
@@ -36,6 +27,7 @@ from diff_dalle.data.order import Order, Slot, rank_batches, spread
 from diff_dalle.data.shard_index import ensure_index
 from diff_dalle.data.shards import ShardFile, find_shards
 from diff_dalle.data.visits import Arrays, CaptionEncoder, Visits
+from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker, start_fork_server
 from diff_dalle.errors import UsageError
 
 __all__ = ["DataConfig", "Dataset", "eval_batches", "open_data", "train_batches"]
@@ -64,7 +56,7 @@ def open_data(
     entries: list[str] = getattr(cfg, flag)
     files = find_shards(entries, flag)
     if cfg.num_workers:
-        _start_fork_server()
+        start_fork_server()
     shards = _index(files)
     where = f"--{flag} {' '.join(entries)}"
     limit = cfg.max_train_samples if split == "train" else 0
@@ -150,20 +142,20 @@ class _FixedOrder:
 
 def _batches(visits: Visits, positions: Iterable[range], workers: int) -> Iterator[Batch]:
     if workers:
-        _start_fork_server()
+        start_fork_server()
     loader: DataLoader[Arrays] = DataLoader(
         visits,
         batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of indices will do
         collate_fn=_as_is,
         num_workers=workers,
         prefetch_factor=_PREFETCH if workers else None,
-        multiprocessing_context="forkserver" if workers else None,
-        worker_init_fn=_set_up_worker,
+        multiprocessing_context=CONTEXT if workers else None,
+        worker_init_fn=set_up_worker,
         # The loader draws a seed at its start: not from the generator that dropout uses.
         generator=torch.Generator(),
     )
-    with _without_main():
-        arrays = iter(loader)
+    count = len(positions) if isinstance(positions, Sized) else None
+    arrays = WorkerBatches(loader, count) if workers else iter(loader)
     return map(Arrays.to_batch, arrays)
 
 
@@ -171,46 +163,8 @@ def _as_is(arrays: Any) -> Any:
     return arrays
 
 
-def _set_up_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this worker when the training process is gone, however it went.
-
-    The loader's own watch looks at the parent process, which is the fork server here.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """Start processes that do not import the main script again.
-
-    They need nothing of it, and it may import mpi4py, whose start-up would hang in a worker.
-    """
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = types.ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
-
-
 def _workers(dataset: Dataset, given: int | None) -> int:
     return dataset.cfg.num_workers if given is None else given
-
-
-def _start_fork_server() -> None:
-    """Does nothing if it runs; else it gets ready in the background."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torch.utils.data", "diff_dalle.data.visits"]
-    )
-    forkserver.ensure_running()
 
 
 def _index(files: list[ShardFile]) -> list[Shard]:

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from diff_dalle.data import workers
+from diff_dalle.data.batch import Batch
 from diff_dalle.data.loader import DataConfig, Dataset, open_data, train_batches
 from diff_dalle.data.order import Order
+from diff_dalle.data.visits import CaptionEncoder
 
 ROOT = Path(__file__).parents[2]
 
@@ -99,6 +108,85 @@ def test_workers_under_mpiexec(tmp_path: Path, pack_many) -> None:
         assert f"{step} {' '.join(expected)}" in done.stdout.splitlines()
 
 
+def probe(folder: Path, monkeypatch: pytest.MonkeyPatch, encode: str) -> CaptionEncoder:
+    """A tokenizer whose ``encode(captions)`` runs the given lines in the worker."""
+    source = f"""
+        import os, signal, struct
+        from multiprocessing.connection import Connection
+        import torch
+
+        def send_half(self, message):
+            os.write(self.fileno(), struct.pack("!i", 10**6) + bytes(1000))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        class Probe:
+            calls = 0
+            def encode(self, captions, length):
+                self.calls += 1
+                {encode}
+                tokens = torch.full((len(captions), length), os.getpid())
+                return tokens, tokens > 0
+    """
+    (folder / f"{folder.name}.py").write_text(textwrap.dedent(source))
+    monkeypatch.syspath_prepend(str(folder))
+    made: CaptionEncoder = importlib.import_module(folder.name).Probe()
+    return made
+
+
+def probed(folder: Path, tokenizer: CaptionEncoder) -> Iterator[Batch]:
+    return train_batches(
+        opened(folder), tokenizer=tokenizer, text_length=4, batch_size=2, num_workers=2
+    )
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_that_is_killed_while_it_writes_ends_the_run(
+    tmp_path: Path, pack_many, monkeypatch
+) -> None:
+    pack_many(tmp_path, [4])
+    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
+    killer = probe(tmp_path, monkeypatch, "Connection._send_bytes = send_half")
+    others = set(multiprocessing.active_children())
+    batches = probed(tmp_path, killer)
+    with pytest.raises(RuntimeError, match="worker died .signal SIGKILL.*--num_workers"):
+        next(batches)
+    assert next(batches, None) is None
+    for worker in set(multiprocessing.active_children()) - others:
+        worker.join(20)
+        assert worker.exitcode is not None
+
+
+@pytest.mark.timeout(60)
+def test_what_fails_in_a_worker_reaches_the_caller(tmp_path: Path, pack_many, monkeypatch) -> None:
+    pack_many(tmp_path, [4])
+    failing = probe(tmp_path, monkeypatch, "if self.calls == 2: raise ZeroDivisionError('why')")
+    batches = probed(tmp_path, failing)
+    assert next(batches).valid.all() and next(batches).valid.all()
+    with pytest.raises(ZeroDivisionError, match="why"):
+        next(batches)
+    assert next(batches, None) is None
+
+
+def test_batches_that_nobody_wants_end_their_workers(
+    tmp_path: Path, pack_many, monkeypatch
+) -> None:
+    pack_many(tmp_path, [4])
+    monkeypatch.setattr(workers, "_PATIENCE", 0.1)
+    others = set(threading.enumerate())
+    batches = probed(tmp_path, probe(tmp_path, monkeypatch, ""))
+    pids = []
+    for batch in itertools.islice(batches, 2):
+        assert batch.tokens is not None
+        pids.append(int(batch.tokens[0, 0]))
+    threads = set(threading.enumerate()) - others
+    assert all(map(runs, pids)) and threads
+    del batches
+    ended_by(time.monotonic() + 20, pids)
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+
+
 def processes_below(root: int) -> list[int]:
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -116,6 +204,12 @@ def runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def ended_by(deadline: float, pids: list[int]) -> None:
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert [pid for pid in pids if runs(pid)] == []
 
 
 def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, pack_many) -> None:
@@ -144,8 +238,5 @@ def test_a_killed_run_leaves_no_process_behind(tmp_path: Path, pack_many) -> Non
     assert len(children) >= 3  # the fork server and two workers
     run.kill()
     run.wait()
-    deadline = time.monotonic() + 10
-    while any(map(runs, children)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert [pid for pid in children if runs(pid)] == []
+    ended_by(time.monotonic() + 10, children)
     run.stdout.close()

@@ -1,0 +1,158 @@
+"""Worker processes that make batches: how they start, how they end, and what if one is killed.
+
+They start from a fork server, a clean process that has imported torch and nothing else ran in.
+A plain fork copies a process whose MPI, Gloo and OpenMP threads hold locks that nobody will
+release; a plain spawn imports torch (seconds) for every worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Iterator
+from itertools import islice
+from multiprocessing import forkserver
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Generic, TypeVar
+
+from torch.utils.data import DataLoader
+
+CONTEXT = "forkserver"
+_PATIENCE = 1.0  # seconds between looks at who is still there
+
+Item = TypeVar("Item")
+
+
+def start_fork_server() -> None:
+    """Does nothing if it runs; else it gets ready in the background."""
+    multiprocessing.get_context(CONTEXT).set_forkserver_preload(
+        ["torch.utils.data", "diff_dalle.data.visits"]
+    )
+    forkserver.ensure_running()
+
+
+def set_up_worker(_: int) -> None:
+    """The ``worker_init_fn`` of a loader."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+class WorkerBatches(Iterator[Item], Generic[Item]):
+    """What the workers of a loader make, in order; an error where one of them is gone.
+
+    The loader alone would wait for ever: a worker that is killed while it writes leaves half a
+    batch in the pipe and the other workers' lock taken. So a thread of its own waits there, and
+    ends with the iterator, as the workers do.
+    """
+
+    def __init__(self, loader: DataLoader[Item], count: int | None = None) -> None:
+        """Start the workers.
+
+        Args:
+            loader: has one worker at least; its context is `CONTEXT`.
+            count: how many items it gives; None if without end.
+        """
+        before = set(multiprocessing.active_children())
+        with _without_main():
+            made = islice(iter(loader), count)
+        self._workers = [p for p in multiprocessing.active_children() if p not in before]
+        self._ready: queue.Queue[Item | BaseException] = queue.Queue(1)
+        self._over = threading.Event()
+        weakref.finalize(self, self._over.set)
+        hand = (made, self._ready, self._over)
+        threading.Thread(target=_hand_over, args=hand, daemon=True).start()
+
+    def __next__(self) -> Item:
+        """The next item; `RuntimeError` if a worker died, else the loader's own exceptions."""
+        if self._over.is_set():
+            raise StopIteration
+        item = self._wait()
+        if isinstance(item, BaseException):
+            self._over.set()
+            raise item
+        return item
+
+    def _wait(self) -> Item | BaseException:
+        died = ""
+        while True:
+            try:
+                return self._ready.get(timeout=_PATIENCE)
+            except queue.Empty:
+                if died:
+                    break
+                died = self._died()  # what it had finished may still be on its way
+        for worker in self._workers:
+            worker.terminate()
+        return RuntimeError(
+            f"a data worker died ({died}), most likely for want of memory: try fewer --num_workers"
+        )
+
+    def _died(self) -> str:
+        """How a worker ended, "" while all of them run."""
+        ended = [worker for worker in self._workers if worker.exitcode is not None]
+        return _how(ended[0]) if ended else ""
+
+
+def _hand_over(
+    made: Iterator[Item], ready: queue.Queue[Item | BaseException], over: threading.Event
+) -> None:
+    """Pass on all items, then what ended them; the loader's workers leave with its iterator."""
+    try:
+        for item in made:
+            if not _put(item, ready, over):
+                return
+    except BaseException as error:
+        # Its traceback knows the loader, whose workers would stay for as long as the error does.
+        _put(error.with_traceback(None), ready, over)
+    else:
+        _put(StopIteration(), ready, over)
+
+
+def _put(
+    item: Item | BaseException, ready: queue.Queue[Item | BaseException], over: threading.Event
+) -> bool:
+    """Wait for room; False if nobody wants the item any more."""
+    while not over.is_set():
+        with contextlib.suppress(queue.Full):
+            ready.put(item, timeout=_PATIENCE)
+            return True
+    return False
+
+
+def _how(worker: BaseProcess) -> str:
+    code = worker.exitcode
+    assert code is not None
+    return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
+
+
+def _leave_with_parent() -> None:
+    """End this worker when the training process is gone, however it went.
+
+    The loader's own watch looks at the parent process, which is the fork server here.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os._exit(1)
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import the main script again.
+
+    They need nothing of it, and it may import mpi4py, whose start-up would hang in a worker.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
