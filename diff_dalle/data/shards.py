@@ -10,16 +10,18 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from itertools import islice
 from pathlib import Path
 
 from diff_dalle.errors import UsageError
 
+_GLOB = "*?["
 _SPLITS = ("train", "val")  # what `scripts/make_demo_data.py` writes side by side
 _LOOSE_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_BESIDE = (".index", ".json", ".jsonl", ".parquet", ".csv", ".txt", ".md")
 _LOOK_AT = 10_000  # files of a folder that holds no shards, to tell the user what it holds
 _TO_PACK = "pack them into tar shards first (see the data chapter of the README)"
 
@@ -30,8 +32,9 @@ class ShardFile:
 
     Attributes:
         path: where it lies.
-        name: its path below the entry of ``--data_dir`` that led to it: the same wherever the
-            dataset is copied to.
+        name: its path below the entry of ``--data_dir`` that led to it or, where two shards
+            would share that, below the folder that holds them all: the same wherever the dataset
+            is copied to. No two shards of a dataset have the same.
     """
 
     path: str
@@ -43,7 +46,10 @@ def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFil
 
     Args:
         entries: each a folder (searched recursively for ``*.tar``), a tar file, a brace pattern
-            such as ``data/{00000..00099}.tar`` (gaps are allowed), or a glob pattern.
+            such as ``data/{00000..00099}.tar`` (gaps are allowed), or a glob pattern (``**``
+            crosses folders) of tar files and folders. What usually lies beside shards (indices,
+            ``.json``, ``.parquet`` …) is passed over where tar files are named too: a shell hands
+            it over for ``data/*``.
         flag: the name of the flag, for messages.
     Raises:
         UsageError: an entry is missing, empty, remote, a pipe, or holds something else.
@@ -51,10 +57,34 @@ def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFil
     if not entries:
         raise UsageError(f"--{flag} is missing: name a folder with tar shards")
     found: dict[str, ShardFile] = {}
-    for entry in entries:
+    for entry in _without_bystanders(entries):
         for shard in _expand(entry, flag):
             found.setdefault(os.path.realpath(shard.path), shard)
-    return list(found.values())
+    return _told_apart(list(found.values()))
+
+
+def _without_bystanders(entries: Sequence[str]) -> list[str]:
+    """What of ``data/*``, spelled out by a shell, are shards."""
+    if not any(entry.endswith(".tar") for entry in entries):
+        return list(entries)
+    return [e for e in entries if not (e.endswith(_BESIDE) and os.path.isfile(e))]
+
+
+def _told_apart(shards: list[ShardFile]) -> list[ShardFile]:
+    """Names that differ: the noise of a sample derives from its shard's name and its key."""
+    taken = Counter(shard.name for shard in shards)
+    if len(taken) == len(shards):
+        return shards
+    paths = [os.path.abspath(shard.path) for shard in shards]
+    top = os.path.commonpath(paths)
+    long = [Path(path).relative_to(top).as_posix() for path in paths]
+    # Names that were unique stay, so that runs of old go on, unless a long one meets them.
+    names = [
+        name if taken[shard.name] > 1 else shard.name
+        for shard, name in zip(shards, long, strict=True)
+    ]
+    names = names if len(set(names)) == len(names) else long
+    return [replace(shard, name=name) for shard, name in zip(shards, names, strict=True)]
 
 
 def _expand(entry: str, flag: str) -> list[ShardFile]:
@@ -62,14 +92,16 @@ def _expand(entry: str, flag: str) -> list[ShardFile]:
         raise UsageError(f"--{flag} {entry}: pipe: would run a program, name files or folders")
     if "://" in entry:
         raise UsageError(f"--{flag} {entry}: remote shards cannot be read, copy them to a disk")
-    if os.path.isdir(entry):
-        return _in_folder(entry, flag)
     if os.path.lexists(entry):
-        return [_one_file(entry, entry, flag)]
-    if any(letter in entry for letter in "{*?["):
+        return _existing(entry, entry, flag)
+    if any(letter in entry for letter in "{" + _GLOB):
         return _matching(entry, flag)
     hint = _nearest_folder(entry)
     raise UsageError(f"--{flag} {entry}: no such file or folder{hint}")
+
+
+def _existing(path: str, entry: str, flag: str) -> list[ShardFile]:
+    return _in_folder(path, flag) if os.path.isdir(path) else [_one_file(path, entry, flag)]
 
 
 def _one_file(path: str, entry: str, flag: str) -> ShardFile:
@@ -89,15 +121,28 @@ def _matching(pattern: str, flag: str) -> list[ShardFile]:
         raise UsageError(f"--{flag} {pattern}: the braces do not match") from error
     paths, missing = [], 0
     for one in spelled:
-        matches = sorted(glob(one)) if any(letter in one for letter in "*?[") else [one]
-        existing = [path for path in matches if os.path.exists(path)]
+        existing = _matches(one)
         missing += not existing
         paths.extend(existing)
     if not paths:
         raise UsageError(f"--{flag} {pattern}: no file matches, e.g. {spelled[0]} is missing")
     if missing:
         warnings.warn(f"--{flag} {pattern}: {missing} of {len(spelled)} are missing", stacklevel=2)
-    return [_one_file(path, pattern, flag) for path in paths]
+    return [shard for path in paths for shard in _existing(path, pattern, flag)]
+
+
+def _matches(pattern: str) -> list[str]:
+    """The existing tar files and folders; other files of a glob pattern lie beside its shards."""
+    if not any(letter in pattern for letter in _GLOB):
+        return [pattern] if os.path.exists(pattern) else []
+    paths = sorted(glob(pattern, recursive=True))
+    return [path for path in paths if _holds_shards(path)] or paths
+
+
+def _holds_shards(path: str) -> bool:
+    if os.path.isdir(path):
+        return any(below.endswith(".tar") for below in _files(path))
+    return path.endswith(".tar")
 
 
 def _in_folder(folder: str, flag: str) -> list[ShardFile]:

@@ -95,4 +95,37 @@ def test_nothing_is_run_and_nothing_fetched(tmp_path: Path) -> None:
 def test_one_of_train_and_val_is_fine(tmp_path: Path) -> None:
     touch(tmp_path, "train/0.tar", "val/0.tar", "more/0.tar")
     assert names(tmp_path / "train") == ["0.tar"]
-    assert names(tmp_path / "train", tmp_path / "val") == ["0.tar", "0.tar"]
+    assert names(tmp_path / "train", tmp_path / "val") == ["train/0.tar", "val/0.tar"]
+
+
+def test_the_same_command_works_again_where_indices_lie_beside_shards(tmp_path: Path) -> None:
+    touch(tmp_path, "0.tar", "0.tar.index", "0_stats.json", "1.tar", "dataset.json", "a.tar.gz")
+    assert names(f"{tmp_path}/*") == ["0.tar", "1.tar"]
+    expanded = sorted(path for path in tmp_path.iterdir() if path.name != "a.tar.gz")
+    assert names(*expanded) == ["0.tar", "1.tar"]  # as a shell spells out data/*
+    assert "a.tar.gz: not a .tar file" in refusal(*expanded, tmp_path / "a.tar.gz")
+    assert "not a .tar file" in refusal(tmp_path / "dataset.json")
+    assert "not a .tar file" in refusal(f"{tmp_path}/*.json")
+    assert "not a .tar file" in refusal(tmp_path / "0.tar", f"{tmp_path}/*.json")
+
+
+def test_a_pattern_crosses_folders_and_names_them(tmp_path: Path) -> None:
+    touch(tmp_path, "A/0.tar", "A/deep/1.tar", "B/2.tar", "C/3.tar", "empty/note.txt", "4.tar")
+    everything = ["0.tar", "1.tar", "2.tar", "3.tar", "4.tar"]
+    assert sorted(names(f"{tmp_path}/**/*.tar")) == everything
+    assert names(f"{tmp_path}/[AB]") == ["0.tar", "deep/1.tar", "2.tar"]
+    assert names(f"{tmp_path}/{{B,C}}") == ["2.tar", "3.tar"]
+    assert names(f"{tmp_path}/*") == ["4.tar", "0.tar", "deep/1.tar", "2.tar", "3.tar"]
+    assert "found: 1 .txt" in refusal(f"{tmp_path}/em*")
+
+
+def test_shards_of_different_folders_have_different_names(tmp_path: Path) -> None:
+    touch(tmp_path, "x/A/0.tar", "x/A/1.tar", "x/B/0.tar", "x/B/A/0.tar")
+    expected = ["A/0.tar", "1.tar", "B/0.tar"]
+    assert names(tmp_path / "x/A", f"{tmp_path}/x/B/0.tar") == expected
+    assert names(f"{tmp_path}/x/[AB]/?.tar") == expected
+    (tmp_path / "x").rename(tmp_path / "elsewhere")
+    assert names(f"{tmp_path}/elsewhere/[AB]/?.tar") == expected
+    # The long name of A/0.tar is the short one of another shard.
+    folder = tmp_path / "elsewhere"
+    assert names(folder / "A/0.tar", folder / "B") == ["A/0.tar", "B/0.tar", "B/A/0.tar"]
