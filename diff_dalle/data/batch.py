@@ -26,8 +26,10 @@ class Batch:
             carries the empty caption, so that no row consists of padding alone.
         mask: bool [B,L], True at real tokens; None for a run without text.
         valid: bool [B], False for a broken sample and for the padding of an evaluation.
-        seed: int64 [B], ``key_of(run seed, epoch, key)``: all noise of a visit derives from it.
-        keys: B names of samples; empty for padding.
+        seed: int64 [B], ``key_of(run seed, epoch, shard, key)``: all noise of a visit derives
+            from it; 0 where the key is empty.
+        keys: B names of samples; empty for padding, and where a shard changed and its index was
+            lost.
         bad: (shard, key, reason) of every broken sample of this batch.
     """
 

@@ -4,34 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
 from diff_dalle.data.order import first_samples
-from diff_dalle.data.shard_index import Entry, ShardIndex, Span, Summary
+from diff_dalle.data.shard_index import Entry
+from diff_dalle.data.shard_reader import Shard, ShardReader
 from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 
-_OPEN_SHARDS = 128  # of one process, two descriptors each; a block rarely touches more
 _LARGEST_FILE = 2**28  # bytes
-_GAP = 2**14  # bytes between members that are read rather than skipped
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A shard and where its index lies."""
-
-    file: ShardFile
-    index: Path
-    summary: Summary
 
 
 class Raw(NamedTuple):
@@ -102,19 +91,24 @@ class Dataset:
         self.counts = first_samples([shard.summary.samples for shard in shards], limit)
         self.bad = [(s.file.path, "", s.summary.fault) for s in shards if s.summary.fault]
         self._ends = np.cumsum(self.counts)
-        self._open: dict[int, _OpenShard] = {}
+        self._reader = ShardReader(self.shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Open files stay in their process."""
-        return {**self.__dict__, "_open": {}}
-
     def entry(self, sample: int) -> tuple[ShardFile, Entry]:
-        """The shard of a sample, and where in it the sample's members lie."""
+        """The shard of a sample, and where in it the sample's members lie.
+
+        Raises:
+            BadSample: "unreadable" or "shard changed": the shard's index was lost, and the shard
+                is no longer what it was.
+        """
         number, row = self._locate(sample)
-        return self.shards[number].file, self._shard(number).index[row]
+        return self.shards[number].file, self._reader.index(number)[row]
+
+    def shard_of(self, sample: int) -> ShardFile:
+        """The shard of a sample, whether it can be read or not."""
+        return self.shards[self._locate(sample)[0]].file
 
     def read(self, sample: int, *, image: bool = True) -> Raw:
         """The members of a sample.
@@ -127,20 +121,15 @@ class Dataset:
                 "shard changed" (since it was indexed).
         """
         number, row = self._locate(sample)
-        shard = self._shard(number)
-        entry = shard.index[row]
+        entry = self._reader.index(number)[row]
         if entry.duplicate:
             raise BadSample("duplicate key")
-        picture_at = entry.image if image else Span(entry.image.offset, 0)
-        spans = [span for span in (picture_at, entry.text, entry.json) if span is not None]
-        if max(span.size for span in spans) > _LARGEST_FILE:
+        places = {"image": entry.image if image else None, "text": entry.text, "json": entry.json}
+        wanted = {part: span for part, span in places.items() if span is not None}
+        if any(span.size > _LARGEST_FILE for span in wanted.values()):
             raise BadSample("file too large")
-        picture, *rest = shard.read(spans)
-        return Raw(
-            image=picture,
-            text=rest.pop(0) if entry.text is not None else None,
-            json=rest.pop(0) if entry.json is not None else None,
-        )
+        found = dict(zip(wanted, self._reader.read(number, [*wanted.values()]), strict=True))
+        return Raw(image=found.get("image", b""), text=found.get("text"), json=found.get("json"))
 
     def captions_of(self, raw: Raw) -> Captions:
         """The captions in a sample's members; `BadSample` where there is none."""
@@ -206,52 +195,3 @@ class Dataset:
     def _locate(self, sample: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._ends, sample, side="right"))
         return number, sample - int(self._ends[number]) + self.counts[number]
-
-    def _shard(self, number: int) -> _OpenShard:
-        if number not in self._open:
-            if len(self._open) >= _OPEN_SHARDS:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[number] = _OpenShard(self.shards[number])
-        return self._open[number]
-
-
-class _OpenShard:
-    """A shard whose index is mapped; the file itself is opened at the first read."""
-
-    def __init__(self, shard: Shard) -> None:
-        self.index = ShardIndex(shard.index, shard.summary)
-        self._shard = shard
-        self._descriptor: int | None = None
-
-    def read(self, spans: Sequence[Span]) -> list[bytes]:
-        """The bytes of some members; neighbours are read at once, since disks may be far."""
-        start = min(span.offset for span in spans)
-        stop = max(span.offset + span.size for span in spans)
-        total = sum(span.size for span in spans)
-        if stop - start > total + _GAP:
-            return [self._read(span) for span in spans]
-        block = memoryview(self._read(Span(start, stop - start)))
-        return [bytes(block[at - start : at - start + size]) for at, size in spans]
-
-    def close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-
-    def _read(self, span: Span) -> bytes:
-        try:
-            if self._descriptor is None:
-                self._descriptor = self._open_file()
-            data = os.pread(self._descriptor, span.size, span.offset)
-        except OSError as error:
-            raise BadSample("unreadable") from error
-        if len(data) < span.size:
-            raise BadSample("unreadable")
-        return data
-
-    def _open_file(self) -> int:
-        descriptor = os.open(self._shard.file.path, os.O_RDONLY)
-        stat, known = os.fstat(descriptor), self._shard.summary
-        if (stat.st_size, stat.st_mtime_ns) != (known.size, known.mtime_ns):
-            os.close(descriptor)
-            raise BadSample("shard changed")
-        return descriptor

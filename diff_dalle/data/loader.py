@@ -21,10 +21,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from diff_dalle.data.batch import BadSample, Batch
-from diff_dalle.data.dataset import DataConfig, Dataset, Shard
+from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.images import IMAGE_EXTENSIONS, decode
 from diff_dalle.data.order import Order, Slot, rank_batches, spread
 from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shard_reader import Shard
 from diff_dalle.data.shards import ShardFile, find_shards
 from diff_dalle.data.visits import Arrays, CaptionEncoder, Visits
 from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker, start_fork_server

@@ -1,4 +1,4 @@
-"""Where the members of a tar shard lie: read once, kept in a small file, mapped into memory.
+"""Where the members of a tar shard lie: read once, kept in a small file.
 
 A sample is one image member and, optionally, a ``.txt`` and a ``.json`` of the same key. A key
 ends at the first dot of the file name and keeps its folder, as webdataset has it. Members of
@@ -6,24 +6,27 @@ other kinds are never read. A shard that was cut short keeps its complete member
 
 An index file holds one line of JSON (padded to `_ALIGNMENT`), the table of samples, and the
 bytes of all keys. It lies beside the shard or, where that folder cannot be written, in the
-user's cache folder; it is built anew when the shard's size or time of change differ.
+user's cache folder, else in the temporary folder; it is built anew when the shard's size or time
+of change differ.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import IMAGE_EXTENSIONS
 from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
@@ -68,8 +71,6 @@ class Summary:
         size: bytes of the shard.
         mtime_ns: when the shard was last changed.
         samples: keys with an image, duplicates included.
-        texts: how many of them have a ``.txt``.
-        jsons: how many of them have a ``.json``.
         fault: "" or why the shard may lack samples: "truncated shard", "broken shard", "empty
             file" or "not a tar file".
         key_bytes: length of all keys together.
@@ -78,8 +79,6 @@ class Summary:
     size: int
     mtime_ns: int
     samples: int
-    texts: int
-    jsons: int
     fault: str
     key_bytes: int
 
@@ -88,15 +87,18 @@ class ShardIndex:
     """The samples of one shard, in the order of their first members."""
 
     def __init__(self, path: str | Path, summary: Summary) -> None:
-        """Map an index file that `ensure_index` returned."""
-        self._table: NDArray[Any] = np.empty(0, _TABLE)
-        self._keys: NDArray[np.uint8] = np.empty(0, np.uint8)
-        if summary.samples:
-            start = _header_size(path)
-            mapped = np.asarray(np.memmap(path, dtype=np.uint8, mode="r", offset=start))
-            end = summary.samples * _TABLE.itemsize
-            self._table = mapped[:end].view(_TABLE)
-            self._keys = mapped[end : end + summary.key_bytes]
+        """Read an index file.
+
+        Raises:
+            OSError: it cannot be read.
+            ValueError: it does not have that summary.
+        """
+        with open(path, "rb") as file:
+            if _summary_of(file) != summary:
+                raise ValueError(f"{path} is not the index that it was")
+            # Not mapped: a map holds a descriptor, and there may be many small shards.
+            self._table: NDArray[Any] = np.fromfile(file, _TABLE, summary.samples)
+            self._keys = file.read()
 
     def __len__(self) -> int:
         return len(self._table)
@@ -107,7 +109,7 @@ class ShardIndex:
         image, text, meta = map(Span, offsets_and_sizes[:3], offsets_and_sizes[3:])
         return Entry(
             # A name that is not UTF-8 is shown with escapes.
-            key=bytes(self._keys[start:end]).decode(errors="backslashreplace"),
+            key=self._keys[start:end].decode(errors="backslashreplace"),
             image=image,
             text=text if text.offset >= 0 else None,
             json=meta if meta.offset >= 0 else None,
@@ -125,8 +127,7 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
         stat = os.stat(shard.path)
     except OSError as error:
         raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
-    places = _places(shard.path)
-    for place in places:
+    for place in _places(shard.path):
         summary = _read_summary(place)
         if summary and (summary.size, summary.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             return place, summary
@@ -134,16 +135,35 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
         summary, table, keys = _scan(shard.path, stat)
     except OSError as error:
         raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
-    for place in places:
+    tried = []
+    for place in _places(shard.path):
         try:
             _write(place, summary, table, keys)
         except OSError:  # read-only or full: try the next place
+            tried.append(str(place.parent))
             continue
         return place, summary
     raise UsageError(
-        f"{shard.path}: its index can be written neither beside it nor in {places[1].parent}: "
+        f"{shard.path}: its index can be written neither in {' nor in '.join(tried)}: "
         "make one of them writable or set XDG_CACHE_HOME"
     )
+
+
+def open_index(shard: ShardFile, place: Path, summary: Summary) -> ShardIndex:
+    """The index that `ensure_index` found earlier, built again if it is lost or another's.
+
+    Raises:
+        BadSample: "unreadable" (the shard is gone) or "shard changed" (since then).
+    """
+    with contextlib.suppress(OSError, ValueError):
+        return ShardIndex(place, summary)
+    try:
+        place, current = ensure_index(shard)
+        if current != summary:
+            raise BadSample("shard changed")
+        return ShardIndex(place, summary)
+    except (UsageError, OSError, ValueError) as error:
+        raise BadSample("unreadable") from error
 
 
 def split_member_name(name: str) -> tuple[str, str] | None:
@@ -199,8 +219,6 @@ def _scan(path: str, stat: os.stat_result) -> tuple[Summary, NDArray[Any], bytes
         size=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
         samples=len(rows),
-        texts=int((table["text_at"] >= 0).sum()),
-        jsons=int((table["json_at"] >= 0).sum()),
         fault=faults[0] if faults else "",
         key_bytes=sum(map(len, keys)),
     )
@@ -243,34 +261,39 @@ def _check_end(archive: tarfile.TarFile, faults: list[str]) -> None:
         faults.append("broken shard")
 
 
-def _places(path: str) -> list[Path]:
+def _places(path: str) -> Iterator[Path]:
     """Where an index may lie: beside the shard, the cache folder, the temporary folder."""
     real = os.path.realpath(path)
+    yield Path(f"{real}.index")
     name = hashlib.sha256(os.fsencode(real)).hexdigest()[:32] + ".index"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    scratch = Path(tempfile.gettempdir()) / f"diff_dalle-{os.getuid()}"
-    return [Path(f"{real}.index"), cache / "diff_dalle" / "shards" / name, scratch / name]
-
-
-def _header_size(path: str | Path) -> int:
-    with open(path, "rb") as file:
-        return len(file.readline())
+    with contextlib.suppress(RuntimeError):  # a user whom the system does not know has no home
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        yield cache / "diff_dalle" / "shards" / name
+    with contextlib.suppress(OSError):  # there may be no temporary folder
+        yield Path(tempfile.gettempdir()) / f"diff_dalle-{os.getuid()}" / name
 
 
 def _read_summary(path: Path) -> Summary | None:
     """None where there is no index, or one that is damaged or of another format."""
     try:
         with open(path, "rb") as file:
-            header = file.readline()
-            content = json.loads(header)
-            if content.pop("format") != _FORMAT:
-                return None
-            summary = Summary(**content)
-            length = os.fstat(file.fileno()).st_size
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return _summary_of(file)
+    except OSError:
         return None
-    expected = len(header) + summary.samples * _TABLE.itemsize + summary.key_bytes
-    return summary if length == expected else None
+
+
+def _summary_of(file: BinaryIO) -> Summary | None:
+    """The summary of an index file, which is left at its table; None as in `_read_summary`."""
+    header = file.readline()
+    try:
+        content = json.loads(header)
+        if content["format"] != _FORMAT:
+            return None
+        summary = Summary(**{field.name: content[field.name] for field in fields(Summary)})
+        expected = len(header) + summary.samples * _TABLE.itemsize + summary.key_bytes
+    except (ValueError, TypeError, KeyError):
+        return None
+    return summary if os.fstat(file.fileno()).st_size == expected else None
 
 
 def _write(path: Path, summary: Summary, table: NDArray[Any], keys: bytes) -> None:

@@ -1,7 +1,7 @@
 """From positions in an order to the arrays of a batch: read, decode, vary, tokenise.
 
 Runs inside the worker processes. What a visit draws (caption, flip, crop) is a function of
-(run seed, epoch, key), so it is the same in any batch, worker and rank.
+(run seed, epoch, shard, key), so it is the same in any batch, worker and rank.
 
 Notation: B batch, S pixels, L tokens.
 """
@@ -101,30 +101,36 @@ class Visits(torch.utils.data.Dataset[Arrays]):
         """The batch at some positions; broken samples keep their rows."""
         size, count = self._dataset.image_size, len(positions)
         slots = [self._order.slot(position) for position in positions]
-        places = [None if slot is None else self._dataset.entry(slot.sample) for slot in slots]
-        keys = ["" if place is None else place[1].key for place in places]
-        # The shard's name counts: many writers number the samples of every shard from 0.
-        seeds = [
-            0
-            if slot is None or place is None
-            else key_of(self._dataset.seed, slot.epoch, place[0].name, place[1].key)
-            for slot, place in zip(slots, places, strict=True)
-        ]
-        seed = np.array(seeds, dtype=np.int64)
+        named = [self._name(slot) for slot in slots]
+        keys = [key for key, _, _ in named]
+        seed = np.array([seed for _, seed, _ in named], dtype=np.int64)
         draws = uniform(torch.from_numpy(seed), (_DRAWS,), _STREAM).tolist()  # [B][_DRAWS]
         image = np.zeros((count, 3, size, size), dtype=np.uint8)
         valid = np.zeros(count, dtype=np.bool_)
         captions, bad = [""] * count, []
-        for row, (slot, place) in enumerate(zip(slots, places, strict=True)):
-            if slot is None or place is None:
+        for row, (slot, (key, _, reason)) in enumerate(zip(slots, named, strict=True)):
+            if slot is None:
                 continue
             try:
+                if reason is not None:
+                    raise reason
                 captions[row] = self._visit(slot.sample, draws[row], image[row])
                 valid[row] = True
-            except BadSample as reason:
-                bad.append((place[0].path, keys[row], str(reason)))
+            except BadSample as problem:
+                bad.append((self._dataset.shard_of(slot.sample).path, key, str(problem)))
         tokens, mask = self._tokenise(captions)
         return Arrays(image, tokens, mask, valid, seed, keys, bad)
+
+    def _name(self, slot: Slot | None) -> tuple[str, int, BadSample | None]:
+        """Key and seed of a visit, or why they are not known; "" and 0 then and for padding."""
+        if slot is None:
+            return "", 0, None
+        try:
+            shard, entry = self._dataset.entry(slot.sample)
+        except BadSample as reason:
+            return "", 0, reason
+        # The shard's name counts: many writers number the samples of every shard from 0.
+        return entry.key, key_of(self._dataset.seed, slot.epoch, shard.name, entry.key), None
 
     def _visit(self, sample: int, draws: list[float], image: NDArray[np.uint8]) -> str:
         """Fill in the image [3,S,S] and return the caption, "" without text."""

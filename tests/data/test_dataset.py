@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from diff_dalle.data import dataset as dataset_module
+from diff_dalle.data import shard_reader
 from diff_dalle.data.batch import BadSample
-from diff_dalle.data.dataset import DataConfig, Dataset, Shard
+from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shard_reader import Shard
 from diff_dalle.data.shards import find_shards
 from diff_dalle.errors import UsageError
 
@@ -98,13 +100,82 @@ def test_repeated_keys_and_giants_are_bad(tmp_path: Path, pack, monkeypatch) -> 
 
 def test_few_files_are_open_at_once(tmp_path: Path, pack_many, monkeypatch) -> None:
     pack_many(tmp_path, [1] * 12)
-    monkeypatch.setattr(dataset_module, "_OPEN_SHARDS", 3)
+    monkeypatch.setattr(shard_reader, "_OPEN_FILES", 3)
     dataset = open_folder(tmp_path)
     for sample in list(range(12)) * 2:
         dataset.read(sample)
         links = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
         ours = [link for link in map(os.readlink, links) if link.startswith(str(tmp_path))]
-        assert 0 < len(ours) <= 6  # a shard and its index each
+        assert 0 < len(ours) <= 3
+
+
+def test_what_was_used_last_stays_open(tmp_path: Path, pack_many, monkeypatch) -> None:
+    pack_many(tmp_path, [2] * 5)
+    opened: list[str] = []
+    original = os.open
+    monkeypatch.setattr(os, "open", lambda *given: opened.append(given[0]) or original(*given))
+    monkeypatch.setattr(shard_reader, "_OPEN_FILES", 2)
+    monkeypatch.setattr(shard_reader, "_INDEXED_SAMPLES", 4)
+    indexed: list[str] = []
+    open_index = shard_reader.open_index
+    monkeypatch.setattr(
+        shard_reader,
+        "open_index",
+        lambda *given: indexed.append(given[0].name) or open_index(*given),
+    )
+    dataset = open_folder(tmp_path)
+    opened.clear()
+    for shard in (0, 1, 0, 2, 0, 3, 0):
+        dataset.read(2 * shard)
+    names = [f"{shard:05d}.tar" for shard in (0, 1, 2, 3)]
+    assert [Path(path).name for path in opened] == indexed == names
+
+
+def test_many_small_shards_are_indexed_once(tmp_path: Path, pack, monkeypatch) -> None:
+    for number in range(300):
+        pack(tmp_path / f"{number:03d}.tar", [("a.jpg", b"")])
+    calls: list[str] = []
+    open_index = shard_reader.open_index
+    monkeypatch.setattr(
+        shard_reader, "open_index", lambda *given: calls.append("") or open_index(*given)
+    )
+    dataset = open_folder(tmp_path)
+    for sample in list(range(300)) * 2:
+        dataset.entry(sample)
+    assert len(calls) == 300
+
+
+def test_a_lost_index_is_built_again(tmp_path: Path, pack_many) -> None:
+    keys = pack_many(tmp_path, [2])
+    dataset = open_folder(tmp_path)
+    (tmp_path / "00000.tar.index").unlink()
+    assert dataset.entry(1)[1].key == keys[1] and dataset.read(1).text is not None
+    assert (tmp_path / "00000.tar.index").exists()
+
+
+def test_the_index_of_a_shard_that_changed_is_not_read(tmp_path: Path, pack_many) -> None:
+    pack_many(tmp_path / "d", [3])
+    dataset = open_folder(tmp_path / "d")
+    pack_many(tmp_path / "d", [2])
+    open_folder(tmp_path / "d")  # as another process would: there is a new index now
+    for look in (dataset.entry, dataset.read):
+        with pytest.raises(BadSample, match="shard changed"):
+            look(0)
+    shutil.rmtree(tmp_path / "d")
+    with pytest.raises(BadSample, match="unreadable"):
+        dataset.entry(0)
+    assert dataset.shard_of(0).name == "00000.tar"
+
+
+def test_captions_are_read_without_the_picture(tmp_path: Path, pack, monkeypatch) -> None:
+    pack(tmp_path / "0.tar", [("a.jpg", bytes(100_000)), ("a.txt", b"text"), ("a.json", b"{}")])
+    pack(tmp_path / "1.tar", [("a.jpg", bytes(9))])
+    dataset, reads = open_folder(tmp_path), []
+    original = os.pread
+    monkeypatch.setattr(os, "pread", lambda *given: reads.append(given[1]) or original(*given))
+    assert dataset.read(0, image=False) == (b"", b"text", b"{}")
+    assert dataset.read(1, image=False) == (b"", None, None)
+    assert len(reads) == 1 and reads[0] < 2000
 
 
 def test_open_files_stay_behind_when_a_dataset_travels(tmp_path: Path, pack_many) -> None:

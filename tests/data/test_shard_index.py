@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tarfile
+import tempfile
 import threading
 from pathlib import Path
 
@@ -190,6 +192,32 @@ def test_a_folder_that_cannot_be_written_uses_the_cache(tmp_path: Path, pack, mo
     assert contents(path) == contents(path) == [("a", b"image", None, None)]
     assert len(calls) == 1
     assert len(list((tmp_path / "cache/diff_dalle/shards").iterdir())) == 1
+
+
+def test_a_user_without_a_home_indexes_beside_the_shard(tmp_path: Path, pack, monkeypatch) -> None:
+    path = pack(tmp_path / "0.tar", [("a.jpg", b"image")])
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert contents(path) == [("a", b"image", None, None)]
+    (tmp_path / "0.tar.index").unlink()
+    (tmp_path / "0.tar.index").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    assert contents(path) == [("a", b"image", None, None)]
+    assert len(list((tmp_path / "scratch").glob("*/*.index"))) == 1
+
+
+def test_an_index_that_also_counts_texts_is_still_good(tmp_path: Path, pack, monkeypatch) -> None:
+    path = pack(tmp_path / "0.tar", [("a.jpg", b"image")])
+    good, calls = contents(path), scans(monkeypatch)
+    place = tmp_path / "0.tar.index"
+    header, _, rest = place.read_bytes().partition(b"\n")
+    header = json.dumps({**json.loads(header), "texts": 0, "jsons": 0}).encode()
+    place.write_bytes(header.ljust(63 + 64 * (len(header) // 64)) + b"\n" + rest)
+    assert contents(path) == good and not calls
 
 
 def test_no_place_for_an_index_is_refused(tmp_path: Path, pack, monkeypatch) -> None:

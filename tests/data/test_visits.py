@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from diff_dalle.data.batch import Batch
-from diff_dalle.data.dataset import DataConfig, Dataset, Shard
+from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.order import Slot
 from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shard_reader import Shard
 from diff_dalle.data.shards import find_shards
 from diff_dalle.data.visits import Visits
 from diff_dalle.keyed_noise import key_of
@@ -179,6 +180,23 @@ def test_bad_samples_keep_their_rows_and_say_why(tmp_path: Path, pack, picture) 
     assert not batch.image[4:].any()
     # A bad row carries the empty caption, so that no row is padding alone.
     assert batch.mask is not None and batch.mask[4:].sum(1).tolist() == [2] * 9
+
+
+def test_a_shard_that_changed_under_a_lost_index_is_bad(tmp_path: Path, pack, picture) -> None:
+    def write(*keys: str) -> Path:
+        return pack(tmp_path / "0.tar", [(f"{key}.png", picture(0)) for key in keys])
+
+    write("a", "b")
+    files = find_shards([str(tmp_path)])
+    shards = [Shard(file, *ensure_index(file)) for file in files]
+    dataset = Dataset(shards, DataConfig(), image_size=16, seed=9)
+    path = write("c")
+    ensure_index(files[0])
+    order = Table([Slot(0, 1), None])
+    visits = Visits(dataset, order, tokenizer=None, text_length=2, training=True)
+    batch = visits.__getitems__([0, 1]).to_batch()
+    assert batch.bad == [(str(path), "", "shard changed")] and batch.keys == ["", ""]
+    assert not batch.valid.any() and batch.seed.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("with_text", [True, False])
