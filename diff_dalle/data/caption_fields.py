@@ -40,11 +40,10 @@ def read_captions(text: bytes | None, meta: bytes | None, key: str = DEFAULT_KEY
         meta: the bytes of the ``.json`` member, None without one.
         key: the field of the JSON object.
     Raises:
-        BadSample: "no caption", "empty caption", "caption not UTF-8", "caption too long" (over
-            1 MiB) or "broken json".
+        BadSample: "no caption", "empty caption", "caption not UTF-8", "caption too long" (the
+            member has over 1 MiB) or "broken json". What is wrong with a JSON does not matter
+            where the text says all that is needed.
     """
-    if max(len(text or b""), len(meta or b"")) > _MAX_BYTES:
-        raise BadSample("caption too long")
     if key != DEFAULT_KEY:
         named = _texts(_fields(meta).get(key))
         return Captions(_first(named, None), named)
@@ -67,6 +66,8 @@ def _first(captions: list[str], source: bytes | None) -> str:
 
 
 def _decode(text: bytes) -> str:
+    if len(text) > _MAX_BYTES:
+        raise BadSample("caption too long")
     try:
         return text.decode("utf-8-sig")
     except UnicodeDecodeError as error:

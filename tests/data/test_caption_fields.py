@@ -28,6 +28,7 @@ def meta(**fields: object) -> bytes:
         (None, meta(caption="field", captions=["x", "y"]), Captions("field", ["x", "y"])),
         (b"text", meta(captions=[], caption=None), Captions("text", ["text"])),
         (b"text", b"{broken", Captions("text", ["text"])),
+        (b"text", meta(width="x" * 2**21), Captions("text", ["text"])),
         (b"text", b"[1, 2]", Captions("text", ["text"])),
         (b"text", b"[" * 100_000, Captions("text", ["text"])),
     ],
@@ -44,6 +45,7 @@ def test_a_named_field_outranks_the_text() -> None:
     for missing in (fields, None):
         with pytest.raises(BadSample, match="no caption"):
             read_captions(b"text", missing, "missing")
+    assert read_captions(b"x" * 2**21, fields, "cap").first == "one"
 
 
 @pytest.mark.parametrize(
@@ -57,6 +59,7 @@ def test_a_named_field_outranks_the_text() -> None:
         (None, b"{broken", "broken json"),
         (None, b"[" * 100_000, "broken json"),
         (b"x" * 2**21, None, "caption too long"),
+        (None, meta(caption="x" * 2**21), "caption too long"),
     ],
 )
 def test_reasons(text: bytes | None, fields: bytes | None, reason: str) -> None:
