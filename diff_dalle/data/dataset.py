@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
-from diff_dalle.data.order import first_samples
+from diff_dalle.data.images import Crop, Pixels, decode
+from diff_dalle.data.order import BLOCK_SAMPLES, ORDER_VERSION, first_samples, spread
 from diff_dalle.data.shard_index import Entry
 from diff_dalle.data.shard_reader import Shard, ShardReader
 from diff_dalle.data.shards import ShardFile
@@ -21,6 +23,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 
 _LARGEST_FILE = 2**28  # bytes
+_FIRST_ORDER = (1, 2**16)  # version and block size of runs whose fingerprint says neither
 
 
 class Raw(NamedTuple):
@@ -135,35 +138,54 @@ class Dataset:
         """The captions in a sample's members; `BadSample` where there is none."""
         return read_captions(raw.text, raw.json, self.cfg.caption_key)
 
+    def visit(
+        self, sample: int, *, with_text: bool, crop: Crop | None = None, flip: bool = False
+    ) -> tuple[Pixels, Captions | None]:
+        """The square uint8 [3,S,S] of a sample and, with text, its captions.
+
+        Args:
+            sample: 0 … len − 1.
+            with_text: whether a sample without captions is bad; they are not looked at else.
+            crop: see `images.decode`.
+            flip: see `images.decode`.
+        Raises:
+            BadSample: the sample cannot be read, has no captions or no usable picture.
+        """
+        raw = self.read(sample)
+        captions = self.captions_of(raw) if with_text else None
+        return decode(raw.image, self.image_size, crop=crop, flip=flip), captions
+
     def captions(self, limit: int = 0) -> Iterator[str]:
-        """All captions of all samples in order, broken ones left out; at most ``limit`` > 0."""
-        given = 0
-        for _, captions in self._all_captions():
-            for caption in dict.fromkeys([captions.first, *captions.choices]):
-                yield caption
-                given += 1
-                if given == limit:
-                    return
+        """All captions of samples evenly spread over the dataset; broken ones are left out.
 
-    def first_captions(self, limit: int = 0) -> Iterator[tuple[str, str]]:
-        """(key, first caption) of every sample in order, as `captions` does it."""
-        for given, (key, captions) in enumerate(self._all_captions(), start=1):
+        At most ``limit`` > 0, of at most that many samples: shards are often sorted, so the first
+        ones would not speak for all.
+        """
+        samples = self._captions_of_all(spread(len(self), limit).tolist())
+        found = [list(dict.fromkeys([c.first, *c.choices])) for _, c in samples]
+        kept = len(found)
+        if limit:
+            kept = max(limit * len(found) // max(sum(map(len, found)), 1), 1)
+        texts = (text for number in spread(len(found), kept) for text in found[number])
+        return islice(texts, limit or None)
+
+    def first_captions(self) -> Iterator[tuple[str, str]]:
+        """(key, first caption) of every sample in order, broken ones left out."""
+        for key, captions in self._captions_of_all(range(len(self))):
             yield key, captions.first
-            if given == limit:
-                return
-
-    def keys(self, limit: int = 0) -> Iterator[str]:
-        """The keys of all samples in order; at most ``limit`` > 0."""
-        for sample in range(min(limit, len(self)) if limit > 0 else len(self)):
-            yield self.entry(sample)[1].key
 
     @property
     def fingerprint(self) -> str:
         """Hexadecimal hash of the shards' names, sizes and numbers of samples.
 
-        Neither the folder that holds the dataset nor the times of its files count.
+        Neither the folder that holds the dataset nor the times of its files count. A run that
+        goes on must meet the samples in the same order, so a change of the order changes it.
         """
-        facts = [[s.file.name, s.summary.size, s.summary.samples] for s in self.shards]
+        facts: list[list[Any]] = [
+            [s.file.name, s.summary.size, s.summary.samples] for s in self.shards
+        ]
+        if (ORDER_VERSION, BLOCK_SAMPLES) != _FIRST_ORDER:
+            facts.append([ORDER_VERSION, BLOCK_SAMPLES])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -185,8 +207,8 @@ class Dataset:
             raise UsageError(f"{both} differ: name the one to use with --tokenizer")
         return next(iter(found.values()), None)
 
-    def _all_captions(self) -> Iterator[tuple[str, Captions]]:
-        for sample in range(len(self)):
+    def _captions_of_all(self, samples: Iterable[int]) -> Iterator[tuple[str, Captions]]:
+        for sample in samples:
             try:
                 yield self.entry(sample)[1].key, self.captions_of(self.read(sample, image=False))
             except BadSample:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 
 from diff_dalle.data.batch import BadSample, Batch
 from diff_dalle.data.dataset import DataConfig, Dataset
-from diff_dalle.data.images import IMAGE_EXTENSIONS, decode
+from diff_dalle.data.images import IMAGE_EXTENSIONS
 from diff_dalle.data.order import Order, Slot, rank_batches, spread
 from diff_dalle.data.shard_index import ensure_index
 from diff_dalle.data.shard_reader import Shard
@@ -192,10 +192,7 @@ def _require_usable(dataset: Dataset, where: str, with_text: bool) -> None:
     reasons: Counter[str] = Counter()
     for sample in spread(len(dataset), _TRIED):
         try:
-            raw = dataset.read(int(sample))
-            if with_text:
-                dataset.captions_of(raw)
-            decode(raw.image, dataset.image_size)
+            dataset.visit(int(sample), with_text=with_text)
             return
         except BadSample as problem:
             reasons[str(problem)] += 1

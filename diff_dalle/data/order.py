@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from diff_dalle.keyed_noise import key_of
 
+ORDER_VERSION = 1  # count up when positions come to mean other samples: runs then refuse to go on
 BLOCK_SAMPLES = 2**16  # wide enough to mix, narrow enough for the page cache to hold
 
 Integers = NDArray[np.int64]

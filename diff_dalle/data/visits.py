@@ -19,7 +19,7 @@ from torch import Tensor
 from diff_dalle.data.batch import BadSample, Batch
 from diff_dalle.data.caption_fields import Captions
 from diff_dalle.data.dataset import Dataset
-from diff_dalle.data.images import Crop, decode
+from diff_dalle.data.images import Crop
 from diff_dalle.data.order import Slot
 from diff_dalle.keyed_noise import key_of, uniform
 
@@ -134,21 +134,19 @@ class Visits(torch.utils.data.Dataset[Arrays]):
 
     def _visit(self, sample: int, draws: list[float], image: NDArray[np.uint8]) -> str:
         """Fill in the image [3,S,S] and return the caption, "" without text."""
-        cfg, raw = self._dataset.cfg, self._dataset.read(sample)
-        caption = ""
-        if self._tokenizer is not None:
-            captions = self._dataset.captions_of(raw)
-            caption = captions.first
-            if self._training:
-                caption = _drawn(captions, draws[_CAPTION], cfg.first_caption_prob)
+        cfg = self._dataset.cfg
         crop = Crop(draws[_CROP], draws[_TOP], draws[_LEFT])
-        image[:] = decode(
-            raw.image,
-            self._dataset.image_size,
+        image[:], captions = self._dataset.visit(
+            sample,
+            with_text=self._tokenizer is not None,
             crop=crop if self._training and cfg.random_crop else None,
             flip=self._training and cfg.random_flip and draws[_FLIP] < 0.5,
         )
-        return caption
+        if captions is None:
+            return ""
+        if not self._training:
+            return captions.first
+        return _drawn(captions, draws[_CAPTION], cfg.first_caption_prob)
 
     def _tokenise(
         self, captions: list[str]
