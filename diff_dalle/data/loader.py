@@ -40,7 +40,13 @@ _PREFETCH = 2  # batches ready, for each worker
 
 
 def open_data(
-    cfg: DataConfig, *, split: str, image_size: int, with_text: bool, seed: int
+    cfg: DataConfig,
+    *,
+    split: str,
+    image_size: int,
+    with_text: bool,
+    seed: int,
+    show: bool = True,
 ) -> Dataset:
     """Find and index the shards of ``cfg.data_dir`` or ``cfg.val_data_dir``.
 
@@ -50,19 +56,24 @@ def open_data(
         image_size: S, pixels.
         with_text: whether the run needs captions.
         seed: of the run.
+        show: warn of missing and faulty shards, and show the progress of a long indexing: what
+            one rank of a run does for all.
     Raises:
         UsageError: there are no usable samples; says what was found.
     """
     flag = {"train": "data_dir", "val": "val_data_dir"}[split]
     entries: list[str] = getattr(cfg, flag)
-    files = find_shards(entries, flag)
+    with warnings.catch_warnings():
+        if not show:
+            warnings.simplefilter("ignore")
+        files = find_shards(entries, flag)
     if cfg.num_workers:
         start_fork_server()
-    shards = _index(files)
+    shards = _index(files, show)
     where = f"--{flag} {' '.join(entries)}"
     limit = cfg.max_train_samples if split == "train" else 0
     dataset = Dataset(shards, cfg, image_size=image_size, seed=seed, limit=limit)
-    if dataset.bad:
+    if dataset.bad and show:
         path, _, reason = dataset.bad[0]
         warnings.warn(f"{where}: {len(dataset.bad)} faulty: {path} ({reason})", stacklevel=2)
     if not len(dataset):
@@ -168,7 +179,7 @@ def _workers(dataset: Dataset, given: int | None) -> int:
     return dataset.cfg.num_workers if given is None else given
 
 
-def _index(files: list[ShardFile]) -> list[Shard]:
+def _index(files: list[ShardFile], show: bool) -> list[Shard]:
     """The shards with their indices, in the order given.
 
     Ranks that start together go through the shards in different orders and find most of each
@@ -181,7 +192,15 @@ def _index(files: list[ShardFile]) -> list[Shard]:
     shards: dict[int, Shard] = {}
     with ThreadPoolExecutor(_READERS) as pool:
         found = pool.map(lambda number: ensure_index(files[number]), numbers)
-        bar = tqdm(found, "indexing shards", len(files), delay=2.0, mininterval=1.0, unit="shard")
+        bar = tqdm(
+            found,
+            "indexing shards",
+            len(files),
+            delay=2.0,
+            mininterval=1.0,
+            unit="shard",
+            disable=not show,
+        )
         for number, (path, summary) in zip(numbers, bar, strict=True):
             shards[number] = Shard(file=files[number], index=path, summary=summary)
     return [shards[number] for number in range(len(files))]

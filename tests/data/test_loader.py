@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,27 @@ def test_a_faulty_shard_is_announced_once_and_the_rest_is_used(tmp_path: Path, p
         dataset = opened(tmp_path)
     assert len(caught) == 1 and 4 < len(dataset) < 8
     assert dataset.bad == [(str(tmp_path / "00001.tar"), "", "truncated shard")]
+
+
+def test_one_rank_speaks_for_all(tmp_path: Path, pack_many, monkeypatch) -> None:
+    pack_many(tmp_path, [4, 4])
+    (tmp_path / "00001.tar").write_bytes(b"")
+    hidden = []
+
+    def bar(items: Iterable[object], *_: object, disable: bool, **__: object) -> Iterable[object]:
+        hidden.append(disable)
+        return items
+
+    monkeypatch.setattr("tqdm.tqdm", bar)
+    cfg = DataConfig(data_dir=[f"{tmp_path}/{{00000..00002}}.tar"], num_workers=0)
+    asked = {"split": "train", "image_size": 16, "with_text": True, "seed": 0}
+    with pytest.warns(UserWarning) as caught:
+        open_data(cfg, **asked)
+    assert len(caught) == 2  # a missing shard and an empty one
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_data(cfg, **asked, show=False)) == 4
+    assert hidden == [False, True]
 
 
 def test_fewer_shards_than_readers_and_empty_shards_among_them(
