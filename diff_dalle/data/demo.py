@@ -24,6 +24,7 @@ from diff_dalle.knobs import knob, require, require_choice
 SOURCES = ("shapes", "emoji")
 _SCENES = {TRAIN: 20_000, VAL: 1_000}
 _TOKENIZER_CAPTIONS = 100_000
+_TOKENIZERS = ("tokenizer.json", f"{TRAIN}/tokenizer.json")
 _UNFINISHED, _FINISHED = "unfinished.json", "dataset.json"
 
 
@@ -53,8 +54,8 @@ class DemoDataConfig:
             must = "name an Iconify JSON for --source emoji, and be left out for shapes"
             require(False, "artwork", self.artwork, must)
         require(16 <= self.image_size <= 2048, "image_size", self.image_size, "be 16 to 2048")
-        for name, least in (("num_train", 0), ("num_val", 0), ("num_workers", 0)):
-            require(getattr(self, name) >= least, name, getattr(self, name), "be 0 or more")
+        for name in ("num_train", "num_val", "num_workers"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
         must = "be 1 to 100000"
         require(
             1 <= self.samples_per_shard <= 100_000,
@@ -103,8 +104,8 @@ def make_demo_data(cfg: DemoDataConfig) -> str:
     write_json(folder / _UNFINISHED, {"settings": settings})
     splits = {split.name: _write_split(split, folder, cfg) for split in source.splits}
     tokenizer = _train_tokenizer(source.splits[0], cfg.vocab_size)
-    for place in (folder, folder / TRAIN):
-        tokenizer.save(place / "tokenizer.json")
+    for name in _TOKENIZERS:
+        tokenizer.save(folder / name)
     content = {
         "length": sum(split["length"] for split in splits.values()),
         "splits": splits,
@@ -156,7 +157,8 @@ def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
         path = folder / name
         if path.exists() and path.stat().st_size != size:
             raise UsageError(f"{path} is damaged (not {size} bytes): remove it and run again")
-    return marker == _FINISHED and all((folder / name).exists() for name in shards)
+    needed = [*shards, *_TOKENIZERS]
+    return marker == _FINISHED and all((folder / name).exists() for name in needed)
 
 
 def _shard_sizes(content: dict[str, Any]) -> dict[str, int]:

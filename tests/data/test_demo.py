@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -97,6 +98,16 @@ def test_an_unfinished_folder_is_finished(made: Path, tmp_path: Path) -> None:
     (tmp_path / "val" / "00000.tar").unlink()
     make_demo_data(config(tmp_path))
     assert hashes(tmp_path) == hashes(made)
+
+
+def test_a_missing_tokenizer_is_written_again(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "D"
+    for name in ("tokenizer.json", "train/tokenizer.json"):
+        shutil.copytree(made, folder)
+        (folder / name).unlink()
+        make_demo_data(config(folder))
+        assert hashes(folder) == hashes(made)
+        shutil.rmtree(folder)
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
