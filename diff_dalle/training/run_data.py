@@ -69,6 +69,7 @@ def open_run_data(
             image_size=image_size,
             with_text=text is not None,
             seed=train.seed,
+            show=world.is_main,
         )
 
     dataset = opened("train")
