@@ -62,12 +62,12 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
         """
         before = set(multiprocessing.active_children())
         with _without_main():
-            made = islice(iter(loader), count)
+            made = iter(loader)
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         self._ready: queue.Queue[Item | BaseException] = queue.Queue(1)
         self._over = threading.Event()
         weakref.finalize(self, self._over.set)
-        hand = (made, self._ready, self._over)
+        hand = (made, count, self._ready, self._over)
         threading.Thread(target=_hand_over, args=hand, daemon=True).start()
 
     def __next__(self) -> Item:
@@ -102,11 +102,17 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
 
 
 def _hand_over(
-    made: Iterator[Item], ready: queue.Queue[Item | BaseException], over: threading.Event
+    made: Iterator[Item],
+    count: int | None,
+    ready: queue.Queue[Item | BaseException],
+    over: threading.Event,
 ) -> None:
-    """Pass on all items, then what ended them; the loader's workers leave with its iterator."""
+    """Pass on all items, then what ended them.
+
+    The workers leave with the loader's iterator, ``made``: it must outlive the news of the end.
+    """
     try:
-        for item in made:
+        for item in islice(made, count):
             if not _put(item, ready, over):
                 return
     except BaseException as error:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import multiprocessing
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -165,6 +166,29 @@ def test_what_fails_in_a_worker_reaches_the_caller(tmp_path: Path, pack_many, mo
     with pytest.raises(ZeroDivisionError, match="why"):
         next(batches)
     assert next(batches, None) is None
+
+
+def test_the_end_is_told_before_the_workers_leave() -> None:
+    """Else they would be taken for dead wherever they take their time."""
+    ready: queue.Queue[int | BaseException] = queue.Queue()
+    told_when_gone = []
+
+    class Made:
+        """The loader's iterator, with which its workers go."""
+
+        def __iter__(self) -> Iterator[int]:
+            return self
+
+        def __next__(self) -> int:
+            return 7
+
+        def __del__(self) -> None:
+            told_when_gone.append(ready.qsize())
+
+    workers._hand_over(Made(), 3, ready, threading.Event())
+    assert told_when_gone == [4]
+    assert [ready.get() for _ in range(3)] == [7, 7, 7]
+    assert isinstance(ready.get(), StopIteration)
 
 
 def test_batches_that_nobody_wants_end_their_workers(
