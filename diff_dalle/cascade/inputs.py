@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
     def shard_prompts(path: str) -> list[Prompt]:
         """The first caption of every sample that has one, as far as they are to be drawn."""
         dataset = _open(path, "data_dir", with_text=True)
-        captions = dataset.first_captions(cfg.num_samples)
+        captions = islice(dataset.first_captions(), cfg.num_samples or None)
         found = [Prompt(text, f"{path} sample {key}") for key, text in captions]
         if len(found) < len(dataset) and len(found) != cfg.num_samples:
             left = len(dataset) - len(found)
