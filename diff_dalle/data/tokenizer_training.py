@@ -27,7 +27,7 @@ class TokenizerConfig:
     data_dir: list[str] = knob([], "folders, tar files or patterns of shards")
     out: str | None = knob(None, "file to write; tokenizer.json beside the shards is found by runs")
     vocab_size: int = knob(_VOCABULARY, "the most entries of the vocabulary")
-    max_captions: int = knob(0, "learn from the first so many captions; 0: from all")
+    max_captions: int = knob(0, "learn from at most so many captions; 0: from all")
     caption_key: str = knob(DEFAULT_KEY, "field of the .json that holds captions")
     overwrite: bool = knob(False, "replace the file if there is one")
 
@@ -44,7 +44,7 @@ def tokenizer_of(dataset: Dataset) -> tuple[Tokenizer, str]:
     """The tokenizer that a fresh run on a dataset takes, and where it is from.
 
     That is ``dataset.cfg.tokenizer``, else the one beside the shards, else a new one of 8192
-    entries, trained on their first 100,000 captions (then the second value is `TRAINED`).
+    entries, trained on 100,000 of their captions at most (then the second value is `TRAINED`).
     """
     path = dataset.cfg.tokenizer or dataset.tokenizer_path
     if path is not None:

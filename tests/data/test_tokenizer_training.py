@@ -70,8 +70,9 @@ def test_the_line_tells_how_long_captions_become(tmp_path, pack, picture) -> Non
 
 
 def test_a_limit_and_another_field(tmp_path, bilingual) -> None:
-    assert "from 3 captions" in trained(tmp_path / "a.json", bilingual, max_captions=3)
     few = list(opened(bilingual).captions(3))
+    line = trained(tmp_path / "a.json", bilingual, max_captions=3)
+    assert len(few) <= 3 and f"from {len(few)} captions" in line
     assert Tokenizer.load(tmp_path / "a.json").sha256 == Tokenizer.train(few, 8192).sha256
     assert "from 3 captions" in trained(tmp_path / "b.json", bilingual, caption_key="alt")
     assert Tokenizer.load(tmp_path / "b.json").lengths(["zz zz"]) == [4]
