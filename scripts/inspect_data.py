@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 
+from diff_dalle.data.inspection.run import InspectConfig, inspect_data
+from diff_dalle.data.inspection.show_order import OrderConfig, order_lines
+from diff_dalle.distributed import run_main
+from diff_dalle.flags import Parser
+
 
 def inspect(argv: list[str]) -> None:
-    from diff_dalle.data.inspection.run import InspectConfig, inspect_data
-    from diff_dalle.data.inspection.show_order import OrderConfig, order_lines
-    from diff_dalle.flags import Parser
-
     if argv and not argv[0].startswith("-"):
         argv = ["--data_dir", *argv]
     values = Parser([InspectConfig, OrderConfig]).parse(argv)
@@ -30,10 +31,7 @@ def inspect(argv: list[str]) -> None:
     inspection.require_usable()
 
 
-# Everything is imported inside: the inspecting processes run the top of this file once each.
 def main() -> None:
-    from diff_dalle.distributed import run_main
-
     run_main(inspect, alone=True)
 
 

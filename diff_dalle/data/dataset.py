@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -162,12 +162,12 @@ class Dataset:
         ones would not speak for all.
         """
         samples = self._captions_of_all(spread(len(self), limit).tolist())
-        found = [list(dict.fromkeys([c.first, *c.choices])) for _, c in samples]
-        kept = len(found)
-        if limit:
-            kept = max(limit * len(found) // max(sum(map(len, found)), 1), 1)
-        texts = (text for number in spread(len(found), kept) for text in found[number])
-        return islice(texts, limit or None)
+        different = (list(dict.fromkeys([c.first, *c.choices])) for _, c in samples)
+        if limit < 1:
+            return chain.from_iterable(different)
+        found = list(different)
+        kept = max(limit * len(found) // max(sum(map(len, found)), 1), 1)
+        return islice((text for n in spread(len(found), kept) for text in found[n]), limit)
 
     def first_captions(self) -> Iterator[tuple[str, str]]:
         """(key, first caption) of every sample in order, broken ones left out."""

@@ -40,16 +40,18 @@ class TokenizerConfig:
         require(bool(self.caption_key), "caption_key", self.caption_key, "name a field")
 
 
-def tokenizer_of(dataset: Dataset) -> tuple[Tokenizer, str]:
+def tokenizer_of(dataset: Dataset, vocab_size: int = 0) -> tuple[Tokenizer, str]:
     """The tokenizer that a fresh run on a dataset takes, and where it is from.
 
-    That is ``dataset.cfg.tokenizer``, else the one beside the shards, else a new one of 8192
-    entries, trained on 100,000 of their captions at most (then the second value is `TRAINED`).
+    That is ``dataset.cfg.tokenizer``, else the one beside the shards, else a new one of
+    ``vocab_size`` entries (0: 8192), trained on 100,000 of their captions at most (then the
+    second value is `TRAINED`).
     """
     path = dataset.cfg.tokenizer or dataset.tokenizer_path
     if path is not None:
         return Tokenizer.load(path), path
-    return Tokenizer.train(dataset.captions(_CAPTIONS), _VOCABULARY), TRAINED
+    captions = dataset.captions(_CAPTIONS)
+    return Tokenizer.train(captions, vocab_size or _VOCABULARY), TRAINED
 
 
 def train_tokenizer(cfg: TokenizerConfig) -> str:

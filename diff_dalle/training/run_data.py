@@ -13,6 +13,7 @@ from pathlib import Path
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.loader import DataConfig, Dataset, eval_batches, open_data, train_batches
 from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.data.tokenizer_training import tokenizer_of
 from diff_dalle.distributed import World, all_gather_objects, broadcast_object
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
@@ -21,10 +22,6 @@ from diff_dalle.training.checkpoint_file import read_header
 from diff_dalle.training.resume import TOKENIZER_FILE, named_folder
 from diff_dalle.training.train_config import TrainConfig
 from diff_dalle.training.trainer import Data
-
-_CAPTIONS = 100_000  # that a tokenizer is trained on where the shards bring none
-_VOCABULARY = 8192  # of such a tokenizer, where no size is asked for
-
 
 @dataclass(frozen=True, kw_only=True)
 class RunData:
@@ -165,10 +162,7 @@ def _find_or_train(cfg: DataConfig, train: TrainConfig, dataset: Dataset, vocab_
     folder = named_folder(train)
     if folder is not None and (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.load(folder / TOKENIZER_FILE).to_json()
-    if dataset.tokenizer_path is not None:
-        return Tokenizer.load(dataset.tokenizer_path).to_json()
-    captions = dataset.captions(_CAPTIONS)
-    return Tokenizer.train(captions, vocab_size or _VOCABULARY).to_json()
+    return tokenizer_of(dataset, vocab_size)[0].to_json()
 
 
 def _carried(start: Path) -> str | None:

@@ -20,6 +20,7 @@ from diff_dalle.data.images import Pixels, decode
 from diff_dalle.data.inspection.picture import Header, border_of, read_header
 from diff_dalle.data.order import Integers
 from diff_dalle.data.tokenizer import Tokenizer
+from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker
 
 TILE = 128  # pixels of a picture that is shown
 _CHUNK = 64  # samples that a worker is given at a time
@@ -46,7 +47,7 @@ class Sight(NamedTuple):
 
     Attributes:
         shard: path of the shard, bytes that are not UTF-8 escaped.
-        key: name of the sample.
+        key: name of the sample; "" where its shard's index cannot be read.
         problems: the reasons of `BadSample` for which a run with captions would leave it out.
         has_text: it has a ``.txt`` member.
         has_json: it has a ``.json`` member.
@@ -102,10 +103,11 @@ def look_at(
         collate_fn=_as_is,
         num_workers=num_workers,
         prefetch_factor=_PREFETCH if num_workers else None,
-        # A fork would copy threads' locks (tokenizers, torch).
-        multiprocessing_context="spawn" if num_workers else None,
+        multiprocessing_context=CONTEXT if num_workers else None,
+        worker_init_fn=set_up_worker,
     )
-    for sights in loader:
+    count = -(-len(samples) // _CHUNK)
+    for sights in WorkerBatches(loader, count) if num_workers else loader:
         yield from sights
 
 
@@ -133,11 +135,13 @@ class _Looks(torch.utils.data.Dataset[list[Sight]]):
         return [self._look(int(sample)) for sample in samples]
 
     def _look(self, sample: int) -> Sight:
-        file, entry = self._dataset.entry(sample)
-        shard = os.fsencode(file.path).decode(errors="backslashreplace")
-        sight = Sight(shard, entry.key, (), entry.text is not None, entry.json is not None)
+        path = self._dataset.shard_of(sample).path
+        sight = Sight(os.fsencode(path).decode(errors="backslashreplace"), "", (), False, False)
         started = time.perf_counter()
         try:
+            _, entry = self._dataset.entry(sample)
+            has_text, has_json = entry.text is not None, entry.json is not None
+            sight = sight._replace(key=entry.key, has_text=has_text, has_json=has_json)
             raw = self._dataset.read(sample)
         except BadSample as reason:
             return sight._replace(problems=(str(reason),))
