@@ -61,13 +61,13 @@ class Order:
     def slot(self, position: int) -> Slot:
         """What is visited at a position ≥ 0 of the endless sequence."""
         epoch, place = divmod(position, self.samples)
-        plan = _remember(self._epochs, epoch, self._plan)
+        plan = remember(self._epochs, epoch, self._plan)
         block = int(np.searchsorted(plan.start, place, side="right")) - 1
-        samples = _remember(self._blocks, (epoch, block), self._shuffle)
+        samples = remember(self._blocks, (epoch, block), self._shuffle)
         return Slot(epoch, int(samples[place - plan.start[block]]))
 
     def _plan(self, epoch: int) -> _Epoch:
-        order = _permutation(key_of(self.seed, "shards", epoch), len(self.counts))  # [N]
+        order = permutation(key_of(self.seed, "shards", epoch), len(self.counts))  # [N]
         ends = np.cumsum(self.counts[order])
         starts = ends - self.counts[order]
         # A shard belongs to the block in which it begins; the blocks are about equally large.
@@ -82,13 +82,13 @@ class Order:
 
     def _shuffle(self, which: tuple[int, int]) -> Integers:
         epoch, block = which
-        plan = _remember(self._epochs, epoch, self._plan)
+        plan = remember(self._epochs, epoch, self._plan)
         shards = plan.shards[plan.first[block] : plan.first[block + 1]]
         samples = np.concatenate(
             [np.arange(self._offsets[s], self._offsets[s + 1]) for s in shards]
         )
         key = key_of(self.seed, "samples", epoch, block)
-        shuffled: Integers = samples[_permutation(key, len(samples))]
+        shuffled: Integers = samples[permutation(key, len(samples))]
         return shuffled
 
 
@@ -128,14 +128,15 @@ def spread(samples: int, limit: int) -> Integers:
     return np.arange(kept, dtype=np.int64) * samples // max(kept, 1)
 
 
-def _permutation(key: int, length: int) -> Integers:
+def permutation(key: int, length: int) -> Integers:
+    """The numbers 0 … ``length`` − 1 in an order that follows from ``key``, int64 [length]."""
     return np.random.Philox(key=key).random_raw(length).argsort(kind="stable")
 
 
 Key = TypeVar("Key")
 
 
-def _remember(cache: dict[Key, Cached], key: Key, make: Callable[[Key], Cached]) -> Cached:
+def remember(cache: dict[Key, Cached], key: Key, make: Callable[[Key], Cached]) -> Cached:
     """The cached value, or a new one that takes the place of the oldest of two."""
     if key not in cache:
         value = make(key)
