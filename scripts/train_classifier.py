@@ -5,6 +5,8 @@ python scripts/train_classifier.py --data_dir D/train --val_data_dir D/val --log
 
 from __future__ import annotations
 
+import dataclasses
+
 from diff_dalle.config import (
     ClassifierRun,
     make_classifier,
@@ -23,6 +25,7 @@ from diff_dalle.training.run_data import open_run_data
 def train_classifier(argv: list[str]) -> None:
     run = parse_run(ClassifierRun, argv)
     world = start(run.train.device)
+    run = dataclasses.replace(run, train=run.train.on_ranks(world.size))
     data = open_run_data(
         run.data, run.train, image_size=run.image_size, text=run.captions, world=world
     )

@@ -6,6 +6,8 @@ mpiexec -n 8 python scripts/train_generator.py --image_size 256 --small_size 64 
 
 from __future__ import annotations
 
+import dataclasses
+
 from diff_dalle.config import (
     GeneratorRun,
     make_diffusion,
@@ -24,6 +26,7 @@ from diff_dalle.training.run_data import open_run_data
 def train_generator(argv: list[str]) -> None:
     run = parse_run(GeneratorRun, argv)
     world = start(run.train.device)
+    run = dataclasses.replace(run, train=run.train.on_ranks(world.size))
     data = open_run_data(
         run.data, run.train, image_size=run.image_size, text=run.captions, world=world
     )

@@ -29,6 +29,7 @@ from diff_dalle.evaluation.upsampler_run import UpsamplerConfig
 from diff_dalle.presets import PRESETS
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.training.run_data import RunData
+from diff_dalle.training.train_config import TrainConfig
 
 README_GENERATOR = (
     "--data_dir path/to/images --image_size 64 --num_channels 128 --num_res_blocks 2 "
@@ -239,6 +240,14 @@ def test_preset_then_file_then_flags(tmp_path: Path) -> None:
     path.write_text("batch_sise: 7\n")
     with pytest.raises(UsageError, match="no such key: batch_sise; did you mean batch_size"):
         parse_run(GeneratorRun, argv)
+
+
+def test_a_global_batch_is_shared_among_the_ranks() -> None:
+    train = TrainConfig(global_batch_size=96, batch_size=7)
+    assert [train.on_ranks(ranks).batch_size for ranks in (1, 2, 48)] == [96, 48, 2]
+    assert TrainConfig(batch_size=7).on_ranks(5).batch_size == 7
+    with pytest.raises(UsageError, match="--global_batch_size is 96: .* a multiple of 64 ranks"):
+        train.on_ranks(64)
 
 
 def test_a_file_may_name_the_preset_but_no_other_file(tmp_path: Path) -> None:

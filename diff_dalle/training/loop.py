@@ -114,6 +114,14 @@ def agreed_start(
         )
     for note in start.notes:
         report.say(note)
+    if start.state is not None:
+        before = start.state.extra.get("global_batch")
+        now = cfg.batch_size * world.size
+        if before not in (None, now):
+            report.say(
+                f"NOTE: a step has {now} samples on all ranks together, it had {before}: "
+                f"--global_batch_size {before} keeps it"
+            )
     return start
 
 

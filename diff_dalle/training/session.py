@@ -41,11 +41,16 @@ class Session:
         )
 
     def after_step(self, pace: Pace) -> None:
-        """Do whatever is due; all ranks come here after the same step."""
+        """Do whatever is due; all ranks come here after the same step.
+
+        Raises:
+            UsageError: too many samples could not be used; the run is saved.
+        """
         cfg, trainer = self._trainer.cfg, self._trainer
+        spoilt = trainer.bad_share.exceeded
         last = trainer.step == cfg.iterations
         values = self._evaluate() if self._due(cfg.eval_interval, last) else {}
-        last = last or self.stopped
+        last = last or self.stopped or spoilt
         saving = self._due(cfg.save_interval, last)
         # A row with every checkpoint, so that a resumed run's rows miss no sample.
         if values or saving or self._due(cfg.log_interval, last):
@@ -55,6 +60,8 @@ class Session:
             self._report.measured(trainer.step, values)
         if saving:
             trainer.save(self._folder)
+        if spoilt:
+            raise trainer.bad_share.error()
         if self._due(cfg.resolved_sample_interval, last):
             self._preview()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from diff_dalle.knobs import AUTO, AutoInt, Floats, knob, require
@@ -14,6 +15,9 @@ class TrainConfig:
 
     batch_size: int = knob(16, "samples a step on each rank")
     microbatch: int = knob(-1, "samples at once on each rank, to save memory; -1: all of them")
+    global_batch_size: int = knob(
+        0, "samples a step on all ranks together, in place of --batch_size; 0: that of each rank"
+    )
     iterations: int = knob(200_000, "steps to train")
     ema_rate: Floats = knob((0.9999,), "rates of the averaged copies of the weights")
     log_interval: int = knob(100, "steps between two lines of measurements")
@@ -34,6 +38,9 @@ class TrainConfig:
         "auto: go on from the newest checkpoint of the run folder; a file; or none",
         aliases=["resume_checkpoints", "clip_resume_checkpoint"],
     )
+    max_bad_share: float = knob(
+        0.1, "stop when more than this share of the last 1,000 samples could not be used"
+    )
     init_checkpoint: str | None = knob(None, "start from the weights of this file, at step 0")
     seed: int = knob(0, "everything random follows from it")
     device: str = knob(AUTO, "auto, cpu, cuda or cuda:1")
@@ -49,7 +56,7 @@ class TrainConfig:
         """Refuse values out of range and flags that contradict one another."""
         for name in ("batch_size", "iterations", "log_interval", "save_interval", "eval_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "be 1 or more")
-        for name in ("eval_interval", "sample_interval", "dry_run"):
+        for name in ("eval_interval", "sample_interval", "dry_run", "global_batch_size"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
         require(
             self.microbatch == -1 or 1 <= self.microbatch,
@@ -59,6 +66,8 @@ class TrainConfig:
         )
         if self.num_preview != AUTO:
             require(int(self.num_preview) >= 0, "num_preview", self.num_preview, "be 0 or more")
+        share = self.max_bad_share
+        require(0 <= share <= 1, "max_bad_share", share, "lie in [0, 1]")
         for rate in self.ema_rate:
             require(0 <= rate < 1, "ema_rate", rate, "be at least 0 and below 1")
         once = len(set(self.ema_rate)) == len(self.ema_rate)
@@ -71,6 +80,16 @@ class TrainConfig:
             self.init_checkpoint,
             "stand without --resume_checkpoint: one continues a run, the other starts one",
         )
+
+    def on_ranks(self, ranks: int) -> TrainConfig:
+        """The same with ``batch_size`` as each of so many ranks takes it.
+
+        Raises:
+            UsageError: ``global_batch_size`` does not divide.
+        """
+        whole = self.global_batch_size
+        require(whole % ranks == 0, "global_batch_size", whole, f"be a multiple of {ranks} ranks")
+        return dataclasses.replace(self, batch_size=whole // ranks) if whole else self
 
     def resolved_num_preview(self, image_size: int) -> int:
         """How many samples a preview grid shows."""

@@ -20,6 +20,7 @@ from diff_dalle.distributed import (
 )
 from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
+from diff_dalle.training.bad_share import BadShare
 from diff_dalle.training.checkpoint_file import Checkpoint
 from diff_dalle.training.checkpoints import save_checkpoint
 from diff_dalle.training.digests import require_same_on_all_ranks
@@ -72,6 +73,7 @@ class Trainer:
         self.held_out = HeldOut(task, self.ema, data.val) if data.val else None
         self._held_out_state: dict[str, Any] | None = None  # of a run that had held-out data
         self.meter = Meter(world.device)
+        self.bad_share = BadShare(cfg.max_bad_share)
         self.step = 0
         self.samples = 0  # of all ranks
         self.bad: list[Bad] = []  # this rank's, not yet logged
@@ -101,9 +103,9 @@ class Trainer:
         self.optimizer.set_rate(lr)
         self.optimizer.zero_grad()
 
-        valid_total = all_reduce_sum_(batch.valid.sum().double(), self.world).clamp(min=1)
+        valid_total = all_reduce_sum_(batch.valid.sum().double(), self.world)
         context = StepContext(
-            valid_total=valid_total,
+            valid_total=valid_total.clamp(min=1),
             loss_scale=self.task.precision.loss_scale,
             meter=self.meter,
         )
@@ -114,8 +116,10 @@ class Trainer:
             self.ema.update()
             self.meter.add("grad_norm", outcome.grad_norm)
 
+        samples = len(batch) * self.world.size
         self.step += 1
-        self.samples += len(batch) * self.world.size
+        self.samples += samples
+        self.bad_share.add(samples, samples - int(valid_total))
         self.bad += batch.bad
         self.meter.add("bad_share", (~batch.valid).double())
 
@@ -164,6 +168,7 @@ class Trainer:
         return {
             "data": self.record.data,
             "samples": self.samples,
+            "global_batch": self.cfg.batch_size * self.world.size,
             "precision": self.task.precision.state_dict(),
             "guard": self.guard.state_dict(),
             "task": self.task.state_dict(),

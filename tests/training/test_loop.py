@@ -28,8 +28,9 @@ from torch import Tensor
 from diff_dalle.data.batch import Batch
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
+from diff_dalle.training import bad_share
 from diff_dalle.training.checkpoint_file import load_weights
-from diff_dalle.training.checkpoints import load_training_state
+from diff_dalle.training.checkpoints import find_latest, load_training_state
 from diff_dalle.training.lock import locked
 from diff_dalle.training.loop import Data, TrainConfig, train
 from diff_dalle.training.optim import OptimConfig
@@ -163,6 +164,27 @@ def test_broken_held_out_samples_are_counted_once(tmp_path: Path) -> None:
     train(Reading(), data, cfg, OPTIM, record=record(), world=ALONE)
     (line,) = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
     assert json.loads(line)["key"] == "000002"
+
+
+def test_too_many_bad_samples_stop_the_run_where_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bad_share, "WINDOW", 8)
+    run = {"iterations": 5, "max_bad_share": 0.25}
+    with pytest.raises(UsageError, match="3 of the last 8 samples .*--max_bad_share 0.25"):
+        trained(ToyTask(), tmp_path, stream=Stream(bad=(1, 9, 10, 11)), **run)
+    assert find_latest(tmp_path) == 3  # samples 4 to 11
+    lines = (tmp_path / "bad_samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["key"] for line in lines] == ["000001", "000009", "000010", "000011"]
+    rows = trained(ToyTask(), tmp_path, **run)
+    assert rows[-1]["step"] == 5
+
+
+def test_another_global_batch_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(ToyTask(), tmp_path, iterations=1)
+    trained(ToyTask(), tmp_path, stream=Stream(batch_size=6), iterations=2, batch_size=6)
+    told = "a step has 6 samples on all ranks together, it had 4: --global_batch_size 4 keeps it"
+    assert told in capsys.readouterr().out
 
 
 def test_the_best_weights_are_kept(tmp_path: Path) -> None:
