@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import Floats, Ints, knob, nearest
+from diff_dalle.knobs import Floats, Ints, Table, knob, nearest
 from diff_dalle.presets import PRESETS
 
 
@@ -145,6 +146,8 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
     """A file's value as the flag's text would give it: one value alone is a list of one."""
     if value is None and action.default is None:
         return None
+    if action.type is Table and callable(action.type):
+        return action.type(json.dumps(value))
     several = value if isinstance(value, list | tuple) else [value]
     if any(part is None or isinstance(part, list | tuple | dict) for part in several):
         raise TypeError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     Floats = tuple[float, ...]
     AutoInt = int | str
     AutoFloat = float | str
+    Table = dict[str, Any]
 else:
 
     class Ints:
@@ -46,6 +48,15 @@ else:
 
         def __new__(cls, text: str) -> float | str:
             return text if text == AUTO else float(text)
+
+    class Table:
+        """``'{"a": 1}'`` -> ``{"a": 1}``: a table, as JSON on the command line."""
+
+        def __new__(cls, text: str) -> dict[str, Any]:
+            table = json.loads(text)
+            if not isinstance(table, dict):
+                raise ValueError(text)
+            return table
 
 
 def knob(default: Any, help: str, *, aliases: Sequence[str] = ()) -> Any:

@@ -22,6 +22,9 @@ from diff_dalle.config import (
 )
 from diff_dalle.conversion import ConvertConfig
 from diff_dalle.data.demo import DemoDataConfig
+from diff_dalle.data.inspection.run import InspectConfig
+from diff_dalle.data.inspection.show_order import OrderConfig
+from diff_dalle.data.packing.pack import PackConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.curves import CurvesConfig
 from diff_dalle.evaluation.shapes_run import ShapesConfig
@@ -103,6 +106,8 @@ PARSERS = {
     "train_classifier": lambda argv: parse_run(ClassifierRun, argv),
     "sample": parse_sample_run,
     "make_demo_data": lambda argv: DemoDataConfig(**Parser([DemoDataConfig]).parse(argv)),
+    "pack_dataset": lambda argv: PackConfig(**Parser([PackConfig]).parse(argv)),
+    "inspect_data": Parser([InspectConfig, OrderConfig]).parse,
 }
 
 
@@ -248,6 +253,18 @@ def test_a_global_batch_is_shared_among_the_ranks() -> None:
     assert TrainConfig(batch_size=7).on_ranks(5).batch_size == 7
     with pytest.raises(UsageError, match="--global_batch_size is 96: .* a multiple of 64 ranks"):
         train.on_ranks(64)
+
+
+def test_a_table_of_datasets_stands_in_a_file_or_a_flag(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("datasets:\n  a: {root: /a, length: 3}\n  b: /b\ndata_dir: [a=0.7, b=0.3]\n")
+    run = parse_run(GeneratorRun, ["--config", str(path)])
+    assert run.data.datasets == {"a": {"root": "/a", "length": 3}, "b": "/b"}
+    assert run.data.data_dir == ["a=0.7", "b=0.3"]
+    assert parse_run(GeneratorRun, ["--datasets", '{"b": "/b"}']).data.datasets == {"b": "/b"}
+    path.write_text("datasets: [a, b]\n")
+    with pytest.raises(UsageError, match="datasets cannot be"):
+        parse_run(GeneratorRun, ["--config", str(path)])
 
 
 def test_a_file_may_name_the_preset_but_no_other_file(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -15,12 +15,13 @@ import numpy as np
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
 from diff_dalle.data.images import Crop, Pixels, decode
-from diff_dalle.data.order import BLOCK_SAMPLES, ORDER_VERSION, first_samples, spread
+from diff_dalle.data.mixture import Mixture
+from diff_dalle.data.order import BLOCK_SAMPLES, ORDER_VERSION, Order, first_samples, spread
 from diff_dalle.data.shard_index import Entry
 from diff_dalle.data.shard_reader import Shard, ShardReader
 from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import knob, require
+from diff_dalle.knobs import Table, knob, require
 
 _LARGEST_FILE = 2**28  # bytes
 _FIRST_ORDER = (1, 2**16)  # version and block size of runs whose fingerprint says neither
@@ -39,10 +40,15 @@ class DataConfig:
     """Which data a run reads, and how each visit varies it."""
 
     data_dir: list[str] = knob(
-        [], "folders, tar files or patterns of training shards", aliases=["index_dir"]
+        [],
+        "folders, tar files, patterns or names of training shards; a=0.7 b=0.3 reads shares",
+        aliases=["index_dir"],
     )
     val_data_dir: list[str] = knob(
         [], "folders, tar files or patterns of held-out shards", aliases=["index_dir_val"]
+    )
+    datasets: Table | None = knob(
+        None, "name -> root, or root and length, that --data_dir may name; for --config files"
     )
     num_workers: int = knob(2, "processes that decode, for each rank; 0: in the main process")
     random_flip: bool = knob(False, "mirror half of the images (makes 'left of' untrue)")
@@ -75,6 +81,8 @@ class Dataset:
         shards: all shards.
         counts: how many samples of each shard belong to the dataset (``limit`` cuts the last).
         bad: (shard, "", reason) of every shard that may lack samples.
+        sources: name -> weight (0 for the one pool of entries without) and how many of the
+            shards, in their order, are its own.
     """
 
     def __init__(
@@ -85,19 +93,37 @@ class Dataset:
         image_size: int,
         seed: int,
         limit: int = 0,
+        sources: Mapping[str, tuple[float, int]] | None = None,
     ) -> None:
-        """The first ``limit`` samples of indexed shards; 0 takes all."""
+        """The first ``limit`` samples of indexed shards; 0 takes all. Without sources, one pool."""
         self.cfg = cfg
         self.image_size = image_size
         self.seed = seed
         self.shards = list(shards)
         self.counts = first_samples([shard.summary.samples for shard in shards], limit)
         self.bad = [(s.file.path, "", s.summary.fault) for s in shards if s.summary.fault]
+        self.sources = dict(sources or {"": (0.0, len(self.shards))})
         self._ends = np.cumsum(self.counts)
         self._reader = ShardReader(self.shards)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
+
+    def order(self) -> Order | Mixture:
+        """In which order training visits the samples."""
+        if len(self.sources) == 1:
+            return Order(self.counts, self.seed)
+        weights = [weight for weight, _ in self.sources.values()]
+        return Mixture(self._counts_by_source(), weights, self.seed)
+
+    def epochs(self, position: int) -> dict[str, float]:
+        """How often the samples, of each source, were visited before a position of the order."""
+        order = self.order()
+        if isinstance(order, Order):
+            return {"epoch": position / len(self)}
+        sizes = [max(sum(counts), 1) for counts in self._counts_by_source()]
+        visits = zip(self.sources, order.visits(position), sizes, strict=True)
+        return {f"epoch_{name}": count / size for name, count, size in visits}
 
     def entry(self, sample: int) -> tuple[ShardFile, Entry]:
         """The shard of a sample, and where in it the sample's members lie.
@@ -186,6 +212,8 @@ class Dataset:
         ]
         if (ORDER_VERSION, BLOCK_SAMPLES) != _FIRST_ORDER:
             facts.append([ORDER_VERSION, BLOCK_SAMPLES])
+        if len(self.sources) > 1:
+            facts.append([list(source) for source in self.sources.values()])
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -213,6 +241,10 @@ class Dataset:
                 yield self.entry(sample)[1].key, self.captions_of(self.read(sample, image=False))
             except BadSample:
                 continue
+
+    def _counts_by_source(self) -> list[list[int]]:
+        counts = iter(self.counts)
+        return [list(islice(counts, shards)) for _, shards in self.sources.values()]
 
     def _locate(self, sample: int) -> tuple[int, int]:
         number = int(np.searchsorted(self._ends, sample, side="right"))

@@ -12,8 +12,9 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -23,13 +24,15 @@ from torch.utils.data import DataLoader
 from diff_dalle.data.batch import BadSample, Batch
 from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.images import IMAGE_EXTENSIONS
-from diff_dalle.data.order import Order, Slot, rank_batches, spread
+from diff_dalle.data.order import Slot, rank_batches, spread
 from diff_dalle.data.shard_index import ensure_index
 from diff_dalle.data.shard_reader import Shard
-from diff_dalle.data.shards import ShardFile, find_shards
+from diff_dalle.data.shards import ShardFile, find_sources
+from diff_dalle.data.sources import Source, parse_sources
 from diff_dalle.data.visits import Arrays, CaptionEncoder, Visits
 from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker, start_fork_server
 from diff_dalle.errors import UsageError
+from diff_dalle.knobs import require
 
 __all__ = ["DataConfig", "Dataset", "eval_batches", "open_data", "train_batches"]
 
@@ -63,16 +66,31 @@ def open_data(
     """
     flag = {"train": "data_dir", "val": "val_data_dir"}[split]
     entries: list[str] = getattr(cfg, flag)
+    sources = parse_sources(entries, cfg.datasets, flag)
     with warnings.catch_warnings():
         if not show:
             warnings.simplefilter("ignore")
-        files = find_shards(entries, flag)
+        files = find_sources([source.paths for source in sources], flag)
     if cfg.num_workers:
         start_fork_server()
-    shards = _index(files, show)
+    indexed = iter(_index([file for found in files for file in found], show))
+    shards = [list(islice(indexed, len(found))) for found in files]
+    _require_lengths(sources, shards, flag)
     where = f"--{flag} {' '.join(entries)}"
     limit = cfg.max_train_samples if split == "train" else 0
-    dataset = Dataset(shards, cfg, image_size=image_size, seed=seed, limit=limit)
+    must = "be left out where --data_dir gives weights"
+    require(limit == 0 or len(sources) == 1, "max_train_samples", limit, must)
+    dataset = Dataset(
+        [shard for own in shards for shard in own],
+        cfg,
+        image_size=image_size,
+        seed=seed,
+        limit=limit,
+        sources={
+            source.name: (source.weight, len(own))
+            for source, own in zip(sources, shards, strict=True)
+        },
+    )
     if dataset.bad and show:
         path, _, reason = dataset.bad[0]
         warnings.warn(f"{where}: {len(dataset.bad)} faulty: {path} ({reason})", stacklevel=2)
@@ -106,7 +124,7 @@ def train_batches(
         start_sample: how many samples all ranks together have visited so far.
         num_workers: processes that decode; the dataset's configuration by default.
     """
-    order = Order(dataset.counts, dataset.seed)
+    order = dataset.order()
     visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=True)
     positions = rank_batches(start_sample, batch_size, rank, world)
     return _batches(visits, positions, _workers(dataset, num_workers))
@@ -204,6 +222,21 @@ def _index(files: list[ShardFile], show: bool) -> list[Shard]:
         for number, (path, summary) in zip(numbers, bar, strict=True):
             shards[number] = Shard(file=files[number], index=path, summary=summary)
     return [shards[number] for number in range(len(files))]
+
+
+def _require_lengths(
+    sources: Sequence[Source], shards: Sequence[Sequence[Shard]], flag: str
+) -> None:
+    """Hold the lengths that a table of datasets states against the indices."""
+    for source, own in zip(sources, shards, strict=True):
+        samples = sum(shard.summary.samples for shard in own)
+        if source.length not in (0, samples):
+            raise UsageError(
+                f"--{flag} {source.name} has {samples} samples in {len(own)} shards, datasets "
+                f"says {source.length}: complete the copy, or mend the table"
+            )
+        if not samples and len(sources) > 1:
+            raise UsageError(f"--{flag} {source.name} has no sample: give it none of the shares")
 
 
 def _require_usable(dataset: Dataset, where: str, with_text: bool) -> None:

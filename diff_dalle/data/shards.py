@@ -54,13 +54,30 @@ def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFil
     Raises:
         UsageError: an entry is missing, empty, remote, a pipe, or holds something else.
     """
-    if not entries:
+    return find_sources([entries], flag)[0]
+
+
+def find_sources(sources: Sequence[Sequence[str]], flag: str) -> list[list[ShardFile]]:
+    """The shards of several sources, each as `find_shards` has them, with names that differ.
+
+    Raises:
+        UsageError: as `find_shards`; or a shard belongs to two sources.
+    """
+    if not any(sources):
         raise UsageError(f"--{flag} is missing: name a folder with tar shards")
-    found: dict[str, ShardFile] = {}
-    for entry in _without_bystanders(entries):
-        for shard in _expand(entry, flag):
-            found.setdefault(os.path.realpath(shard.path), shard)
-    return _told_apart(list(found.values()))
+    owner: dict[str, int] = {}
+    found: list[dict[str, ShardFile]] = []
+    for number, entries in enumerate(sources):
+        own: dict[str, ShardFile] = {}
+        for entry in _without_bystanders(entries):
+            for shard in _expand(entry, flag):
+                own.setdefault(os.path.realpath(shard.path), shard)
+        for path in own:
+            if owner.setdefault(path, number) != number:
+                raise UsageError(f"--{flag}: {path} belongs to two sources, name it once")
+        found.append(own)
+    named = iter(_told_apart([shard for own in found for shard in own.values()]))
+    return [list(islice(named, len(own))) for own in found]
 
 
 def _without_bystanders(entries: Sequence[str]) -> list[str]:

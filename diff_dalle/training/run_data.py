@@ -23,6 +23,7 @@ from diff_dalle.training.resume import TOKENIZER_FILE, named_folder
 from diff_dalle.training.train_config import TrainConfig
 from diff_dalle.training.trainer import Data
 
+
 @dataclass(frozen=True, kw_only=True)
 class RunData:
     """What a training run reads.
@@ -100,7 +101,12 @@ def open_run_data(
             max_samples=train.eval_samples,
         )
 
-    batches = Data(train=training, val=evaluation if held_out else None, tokenizer=tokenizer)
+    batches = Data(
+        train=training,
+        val=evaluation if held_out else None,
+        tokenizer=tokenizer,
+        epochs=dataset.epochs,
+    )
     return RunData(batches=batches, tokenizer=tokenizer, fingerprint=dataset.fingerprint)
 
 

@@ -42,11 +42,13 @@ class Data:
         train: global samples already visited -> this rank's endless batches from there on.
         val: opens this rank's held-out batches, the same ones each time; None: no evaluation.
         tokenizer: None for a run without captions.
+        epochs: global samples visited -> how often the data, of each source, were visited.
     """
 
     train: Callable[[int], Iterator[Batch]]
     val: Callable[[], Iterable[Batch]] | None = None
     tokenizer: Tokenizer | None = None
+    epochs: Callable[[int], dict[str, float]] = lambda samples: {}
 
 
 class Trainer:
@@ -130,7 +132,8 @@ class Trainer:
 
     def measure(self, pace: Pace) -> dict[str, float]:
         """What the steps since the last call measured, over all ranks (a collective)."""
-        values = {"samples": float(self.samples), **self.meter.means(self.world)}
+        values = {"samples": float(self.samples), **self.data.epochs(self.samples)}
+        values |= self.meter.means(self.world)
         values["param_norm"] = norm(self.task.model.parameters())
         values["lr"] = float(self.optimizer.param_groups[0]["lr"])
         values["skipped_steps"] = float(self.guard.skipped)

@@ -305,3 +305,56 @@ def test_the_loader_leaves_the_global_generator_alone(
         )
         take(batches, 3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def two_sources(folder: Path, pack, picture) -> dict[str, object]:
+    for name, count in (("a", 30), ("b", 7)):
+        members = [(f"{name}{row:02d}.jpg", picture(row, kind="JPEG")) for row in range(count)]
+        pack(folder / name / "0.tar", members)
+    return {"a": {"root": str(folder / "a"), "length": 30}, "b": str(folder / "b")}
+
+
+def test_sources_are_read_in_their_shares_from_any_position(tmp_path: Path, pack, picture) -> None:
+    roots = two_sources(tmp_path, pack, picture)
+    cfg = DataConfig(data_dir=["a=0.75", "b=0.25"], datasets=roots, num_workers=0)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=5)
+    read = train_batches(dataset, tokenizer=None, text_length=8, batch_size=100)
+    batches = take(read, 20)
+    keys = [key for batch in batches for key in batch.keys]
+    assert [sum(key[0] == "a" for key in keys[at : at + 1000]) for at in (0, 1000)] == [750, 750]
+    assert len({int(seed) for batch in batches for seed in batch.seed}) == 2000
+    later = train_batches(
+        dataset, tokenizer=None, text_length=8, batch_size=25, rank=1, world=2, start_sample=1450
+    )
+    assert next(later).keys == keys[1475:1500]
+    assert dataset.epochs(1000) == {"epoch_a": 750 / 30, "epoch_b": 250 / 7}
+    plain = open_data(
+        DataConfig(data_dir=[str(tmp_path / "a")], num_workers=0),
+        split="train",
+        image_size=16,
+        with_text=False,
+        seed=5,
+    )
+    assert plain.epochs(45) == {"epoch": 1.5}
+
+
+def test_sources_that_cannot_be_mixed_are_refused(tmp_path: Path, pack, picture) -> None:
+    roots = two_sources(tmp_path, pack, picture)
+    for changes, message in (
+        ({"datasets": {**roots, "a": {"root": str(tmp_path / "a"), "length": 31}}}, "30 samples"),
+        ({"max_train_samples": 5}, "--max_train_samples is 5: it must be left out"),
+        ({"data_dir": ["a=1", f"{tmp_path}/a=1"]}, "0.tar belongs to two sources"),
+    ):
+        values = {"data_dir": ["a=3", "b=1"], "datasets": roots, "num_workers": 0} | changes
+        with pytest.raises(UsageError, match=message):
+            open_data(DataConfig(**values), split="train", image_size=16, with_text=False, seed=5)
+
+
+def test_other_shares_are_another_order(tmp_path: Path, pack, picture) -> None:
+    roots = two_sources(tmp_path, pack, picture)
+    prints = set()
+    for entries in (["a=3", "b=1"], ["a=1", "b=1"], ["a", "b"]):
+        cfg = DataConfig(data_dir=entries, datasets=roots, num_workers=0)
+        data = open_data(cfg, split="train", image_size=16, with_text=False, seed=5)
+        prints.add(data.fingerprint)
+    assert len(prints) == 3

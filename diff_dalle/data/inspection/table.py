@@ -12,7 +12,7 @@ class Row(NamedTuple):
     """One line of the table; texts that are empty leave their column blank."""
 
     label: str = ""
-    count: str = ""
+    number: str = ""
     share: str = ""
     note: str = ""
 
@@ -28,7 +28,7 @@ def table(findings: Findings, advice: Sequence[str]) -> str:
     ]
     wide, right, shares = (max(len(row[column]) for row in rows) for column in range(3))
     lines = [
-        f"{row.label:<{wide}}  {row.count:>{right}}  {row.share:>{shares}}  {row.note}".rstrip()
+        f"{row.label:<{wide}}  {row.number:>{right}}  {row.share:>{shares}}  {row.note}".rstrip()
         for row in rows
     ]
     to_do = [f"- {line}" for line in advice] or ["- nothing"]
