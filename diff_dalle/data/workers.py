@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 CONTEXT = "forkserver"
 _PATIENCE = 1.0  # seconds between looks at who is still there
+_LEAVING = 10.0  # seconds for workers that are busy
 
 Item = TypeVar("Item")
 
@@ -66,9 +67,10 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
         self._workers = [p for p in multiprocessing.active_children() if p not in before]
         self._ready: queue.Queue[Item | BaseException] = queue.Queue(1)
         self._over = threading.Event()
-        weakref.finalize(self, self._over.set)
         hand = (made, count, self._ready, self._over)
-        threading.Thread(target=_hand_over, args=hand, daemon=True).start()
+        thread = threading.Thread(target=_hand_over, args=hand, daemon=True)
+        self._leave = weakref.finalize(self, _leave, thread, self._ready, self._over)
+        thread.start()
 
     def __next__(self) -> Item:
         """The next item; `RuntimeError` if a worker died, else the loader's own exceptions."""
@@ -91,6 +93,7 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
                 died = self._died()  # what it had finished may still be on its way
         for worker in self._workers:
             worker.terminate()
+        self._leave.detach()  # the thread will not come back from the broken pipe
         return RuntimeError(
             f"a data worker died ({died}), most likely for want of memory: try fewer --num_workers"
         )
@@ -99,6 +102,17 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
         """How a worker ended, "" while all of them run."""
         ended = [worker for worker in self._workers if worker.exitcode is not None]
         return _how(ended[0]) if ended else ""
+
+
+def _leave(
+    thread: threading.Thread, ready: queue.Queue[Item | BaseException], over: threading.Event
+) -> None:
+    """End the thread and with it the workers, before the interpreter takes both apart."""
+    over.set()
+    with contextlib.suppress(queue.Empty):
+        ready.get_nowait()  # it may wait for room
+    if thread is not threading.current_thread():  # a collection of garbage may run in any
+        thread.join(_LEAVING)
 
 
 def _hand_over(
