@@ -1,0 +1,179 @@
+"""Remote shards: served on the loopback, by servers that fail, break off and change."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from diff_dalle.data import remote
+from diff_dalle.data.cache import ShardCache
+from diff_dalle.data.remote import RemoteStat
+from diff_dalle.errors import UsageError
+
+CONTENT = bytes(range(256)) * 2000
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; the first requests of a URL meet the faults in `faults`."""
+
+    files: dict[str, bytes]
+    faults: dict[str, list[str]]
+    asked: list[str]
+    address: str
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        faults = self.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else ""
+        if self.path not in self.files or fault.isdigit():
+            self.send_error(int(fault or 404))
+            return
+        content, status = self.files[self.path], 200
+        wanted = self.headers.get("Range")
+        if wanted and fault != "no ranges":
+            content, status = content[int(wanted[6:-1]) :], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", str(hash(self.files[self.path])))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2] if fault == "break" else content)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.0)
+    handler = type("Handler", (Server,), {"files": {}, "faults": {}, "asked": []})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        handler.address = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield handler
+        running.shutdown()
+
+
+def read(descriptor: int) -> bytes:
+    with os.fdopen(descriptor, "rb") as file:
+        return file.read()
+
+
+def test_what_is_served_is_what_is_read(server: type[Server], tmp_path: Path) -> None:
+    server.files["/a.tar"] = CONTENT
+    url = f"{server.address}/a.tar"
+    known = remote.stat(url)
+    cache = ShardCache(tmp_path, 10**7)
+    assert known.size == len(CONTENT)
+    assert read(cache.open(url, known)) == read(cache.open(url, known)) == CONTENT
+    assert sum(line.startswith("GET") for line in server.asked) == 1
+    server.files["/a.tar"] = CONTENT[:-1] + b"x"
+    assert remote.stat(url).version != known.version
+
+
+@pytest.mark.parametrize(
+    "faults", [["503"], ["break"], ["break", "500", "break"], ["break", "no ranges"]]
+)
+def test_transfers_that_break_are_taken_up_again(
+    server: type[Server], tmp_path: Path, faults: list[str]
+) -> None:
+    server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
+    known = remote.stat(url)
+    server.faults["/a.tar"] = list(faults)
+    assert read(ShardCache(tmp_path, 10**7).open(url, known)) == CONTENT
+    ranged = [line for line in server.asked if "bytes=" in line]
+    assert len(ranged) == sum("break" in fault for fault in faults) + ("500" in faults)
+
+
+def test_what_cannot_be_had_is_said_in_one_line(server: type[Server], tmp_path: Path) -> None:
+    address = server.address
+    server.files["/a.tar"] = CONTENT
+    server.faults["/a.tar"] = ["500"] * remote.ATTEMPTS
+    with pytest.raises(UsageError, match=r"a.tar cannot be read .*status 500\), tried 5 times"):
+        remote.stat(f"{address}/a.tar")
+    server.faults["/a.tar"] = ["403"]
+    with pytest.raises(UsageError, match="PermissionError"):
+        remote.stat(f"{address}/a.tar")
+    with pytest.raises(UsageError, match="missing.tar cannot be read .FileNotFoundError"):
+        remote.stat(f"{address}/missing.tar")
+    with pytest.raises(UsageError, match=r"folders cannot be listed.*\{00000..00099\}.tar"):
+        remote.list_files(f"{address}/folder")
+    with pytest.raises(UsageError, match="nonsense://"):
+        remote.stat("nonsense://a/b.tar")
+    changed = pytest.raises(UsageError, match="changed while it was read")
+    with changed, open(tmp_path / "x", "ab+") as file:
+        remote.download(f"{address}/a.tar", file, len(CONTENT) - 1)
+
+
+def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
+    server: type[Server], tmp_path: Path
+) -> None:
+    urls = []
+    for name in "abc":
+        server.files[f"/{name}.tar"] = CONTENT
+        urls.append(f"{server.address}/{name}.tar")
+    cache = ShardCache(tmp_path, 2 * len(CONTENT) + 1)
+    known = [remote.stat(url) for url in urls]
+    first = cache.open(urls[0], known[0])
+    os.close(cache.open(urls[1], known[1]))
+    for place, path in enumerate(sorted(tmp_path.glob("*.tar"), key=os.path.getmtime)):
+        os.utime(path, (place, place))
+    os.close(cache.open(urls[0], known[0]))  # now the second one is the oldest
+    os.close(cache.open(urls[2], known[2]))
+    assert sum(path.stat().st_size for path in tmp_path.glob("*.tar")) <= 2 * len(CONTENT) + 1
+    gets = len([line for line in server.asked if line.startswith("GET")])
+    os.close(cache.open(urls[0], known[0]))
+    assert len([line for line in server.asked if line.startswith("GET")]) == gets == 3
+    os.close(cache.open(urls[1], known[1]))  # was evicted
+    assert read(first) == CONTENT
+    with pytest.raises(UsageError, match="more than --cache_gb"):
+        ShardCache(tmp_path, 10).open(urls[0], RemoteStat(known[0].size, 1))
+
+
+def test_a_download_that_was_killed_is_gone_on_with(server: type[Server], tmp_path: Path) -> None:
+    server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
+    known = remote.stat(url)
+    cache = ShardCache(tmp_path, 10**7)
+    server.faults["/a.tar"] = ["break", *["500"] * remote.ATTEMPTS]
+    with contextlib.suppress(UsageError):
+        cache.open(url, known)
+    assert read(cache.open(url, known)) == CONTENT
+    offset = int(server.asked[-1].removeprefix("GET /a.tar bytes=").rstrip("-"))
+    assert 0 < offset <= len(CONTENT) // 2
+
+
+def test_other_stores_are_read_through_fsspec(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    for name in ("b", "a"):
+        with files.open(f"/bucket/{name}.tar", "wb") as file:
+            file.write(CONTENT)
+    urls = remote.list_files("memory://bucket")
+    assert [url.rpartition("/")[2] for url in urls] == ["a.tar", "b.tar"]
+    known = remote.stat(urls[0])
+    assert read(ShardCache(tmp_path, 10**7).open(urls[0], known)) == CONTENT
+
+
+def test_blobfile_reads_what_it_knows(tmp_path: Path) -> None:
+    """Its stores are out of reach here; it takes a local path by the same calls."""
+    (tmp_path / "folder").mkdir()
+    path = tmp_path / "folder" / "a.tar"
+    path.write_bytes(CONTENT)
+    store = remote._Blobfile()
+    assert store.stat(str(path)).size == len(CONTENT)
+    assert store.list(str(tmp_path)) == [str(path)]
+    with open(tmp_path / "copy", "wb") as file:
+        store.read(str(path), 100, file)
+    assert (tmp_path / "copy").read_bytes() == CONTENT[100:]
