@@ -1,7 +1,8 @@
 """Remote shards on the local disk: a folder of bounded size that several processes share.
 
 A shard is downloaded whole, aside, and renamed. When room is needed the shards that were opened
-longest ago go; a process that still reads one keeps it until it closes it.
+longest ago go; a process that still reads one keeps it until it closes it. Shards that are just
+being downloaded come on top of the bound.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from diff_dalle.data import remote
-from diff_dalle.data.remote import RemoteStat
+from diff_dalle.data.remote import FileStat
 from diff_dalle.errors import UsageError
 
 GIB = 2**30
@@ -27,7 +28,15 @@ class ShardCache:
         self._folder = folder
         self._limit = limit
 
-    def open(self, url: str, known: RemoteStat) -> int:
+    @classmethod
+    def of(cls, folder: str | None, gib: float) -> ShardCache:
+        """A cache of so many GiB; without a folder, in the user's cache folder."""
+        if folder is None:
+            home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+            folder = os.path.join(home, "diff_dalle", "remote")
+        return cls(Path(folder), int(gib * GIB))
+
+    def open(self, url: str, known: FileStat) -> int:
         """A descriptor of the local copy of a shard, downloaded if it is not there.
 
         Args:
@@ -42,20 +51,24 @@ class ShardCache:
                 descriptor = os.open(path, os.O_RDONLY)
                 os.utime(path)
                 return descriptor
-            self._make_room(url, known.size)
+            if known.size > self._limit:
+                raise UsageError(
+                    f"{url} has {known.size / GIB:.1f} GiB, more than --cache_gb "
+                    f"{self._limit / GIB:g}"
+                )
+            self._make_room(known.size)
             aside = path.with_suffix(".part")
             with open(aside, "ab+") as file:
                 if file.tell() > known.size:
                     file.truncate(0)
                 remote.download(url, file, known.size)
             os.replace(aside, path)
-            return os.open(path, os.O_RDONLY)
+            descriptor = os.open(path, os.O_RDONLY)
+        self._make_room(0)  # others may have been downloaded at the same time
+        return descriptor
 
-    def _make_room(self, url: str, size: int) -> None:
-        if size > self._limit:
-            raise UsageError(
-                f"{url} has {size / GIB:.1f} GiB, more than --cache_gb {self._limit / GIB:g}"
-            )
+    def _make_room(self, size: int) -> None:
+        """Remove the shards that were opened longest ago, until ``size`` bytes are free."""
         with self._locked("room"):
             shards = []
             for path in self._folder.glob("*.tar"):
@@ -86,5 +99,5 @@ class ShardCache:
             ) from error
 
 
-def _name(url: str, known: RemoteStat) -> str:
+def _name(url: str, known: FileStat) -> str:
     return hashlib.sha256(f"{url}\n{known.size}\n{known.version}".encode()).hexdigest()[:32]

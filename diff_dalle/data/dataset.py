@@ -50,6 +50,10 @@ class DataConfig:
     datasets: Table | None = knob(
         None, "name -> root, or root and length, that --data_dir may name; for --config files"
     )
+    cache_dir: str | None = knob(
+        None, "where copies of remote shards lie (default: the user's cache folder)"
+    )
+    cache_gb: float = knob(100.0, "GiB that copies of remote shards may take, on each machine")
     num_workers: int = knob(2, "processes that decode, for each rank; 0: in the main process")
     random_flip: bool = knob(False, "mirror half of the images (makes 'left of' untrue)")
     random_crop: bool = knob(False, "cut squares of 0.8 to 1.0 of the shorter side, not the centre")
@@ -64,6 +68,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(self.num_workers >= 0, "num_workers", self.num_workers, "be 0 or more")
+        require(self.cache_gb > 0, "cache_gb", self.cache_gb, "be above 0")
         limit = self.max_train_samples
         require(limit >= 0, "max_train_samples", limit, "be 0 (all) or more")
         require(bool(self.caption_key), "caption_key", self.caption_key, "name a field")

@@ -22,6 +22,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from diff_dalle.data.batch import BadSample, Batch
+from diff_dalle.data.cache import ShardCache
 from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.images import IMAGE_EXTENSIONS
 from diff_dalle.data.order import Slot, rank_batches, spread
@@ -70,7 +71,8 @@ def open_data(
     with warnings.catch_warnings():
         if not show:
             warnings.simplefilter("ignore")
-        files = find_sources([source.paths for source in sources], flag)
+        cache = ShardCache.of(cfg.cache_dir, cfg.cache_gb)
+        files = find_sources([source.paths for source in sources], flag, cache)
     if cfg.num_workers:
         start_fork_server()
     indexed = iter(_index([file for found in files for file in found], show))
@@ -212,7 +214,7 @@ def _index(files: list[ShardFile], show: bool) -> list[Shard]:
         found = pool.map(lambda number: ensure_index(files[number]), numbers)
         bar = tqdm(
             found,
-            "indexing shards",
+            "reading remote shards once" if any(f.cache for f in files) else "indexing shards",
             len(files),
             delay=2.0,
             mininterval=1.0,

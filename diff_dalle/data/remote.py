@@ -22,7 +22,7 @@ _TIMEOUT_S = 60.0  # without a byte
 Result = TypeVar("Result")
 
 
-class RemoteStat(NamedTuple):
+class FileStat(NamedTuple):
     """How large a file is, in bytes, and a number that changes when it is replaced."""
 
     size: int
@@ -32,7 +32,7 @@ class RemoteStat(NamedTuple):
 class Store(Protocol):
     """A kind of storage; any method may raise whatever its library raises."""
 
-    def stat(self, url: str) -> RemoteStat:
+    def stat(self, url: str) -> FileStat:
         """Size and version of a file."""
         ...
 
@@ -54,7 +54,7 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
-def stat(url: str) -> RemoteStat:
+def stat(url: str) -> FileStat:
     """Size and version of a remote file.
 
     Raises:
@@ -129,11 +129,11 @@ def _version(text: object) -> int:
 class _Blobfile:
     """Google Cloud and Azure storage."""
 
-    def stat(self, url: str) -> RemoteStat:
+    def stat(self, url: str) -> FileStat:
         import blobfile
 
         found = blobfile.stat(url)
-        return RemoteStat(found.size, _version(found.version or found.mtime))
+        return FileStat(found.size, _version(found.version or found.mtime))
 
     def list(self, url: str) -> list[str]:
         import blobfile
@@ -153,13 +153,13 @@ class _Blobfile:
 class _Http:
     """Web servers; they have no folders that could be listed."""
 
-    def stat(self, url: str) -> RemoteStat:
+    def stat(self, url: str) -> FileStat:
         with self._request("HEAD", url, {}) as answer:
             size = answer.headers.get("Content-Length")
             if size is None:
                 raise UsageError(f"{url}: its server does not tell sizes, copy it to a disk")
             told = [answer.headers.get(name) for name in ("ETag", "Last-Modified")]
-            return RemoteStat(int(size), _version(told))
+            return FileStat(int(size), _version(told))
 
     def list(self, url: str) -> list[str]:
         raise UsageError(
@@ -195,7 +195,7 @@ class _Http:
 def _pool() -> Any:
     import urllib3
 
-    return urllib3.PoolManager()
+    return urllib3.PoolManager(maxsize=32)  # threads that index
 
 
 class _Fsspec:
@@ -210,10 +210,10 @@ class _Fsspec:
             raise UsageError(f"{protocol}:// cannot be opened: {error}") from error
         self._protocol = protocol
 
-    def stat(self, url: str) -> RemoteStat:
+    def stat(self, url: str) -> FileStat:
         facts = self._files.info(url)
         told = [facts.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "created")]
-        return RemoteStat(int(facts["size"]), _version(told))
+        return FileStat(int(facts["size"]), _version(told))
 
     def list(self, url: str) -> list[str]:
         return sorted(self._files.unstrip_protocol(path) for path in self._files.find(url))

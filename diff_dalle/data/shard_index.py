@@ -19,15 +19,17 @@ import os
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from diff_dalle.data import remote
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import IMAGE_EXTENSIONS
+from diff_dalle.data.remote import FileStat
 from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
 
@@ -69,7 +71,7 @@ class Summary:
 
     Attributes:
         size: bytes of the shard.
-        mtime_ns: when the shard was last changed.
+        mtime_ns: when the shard was last changed; of a remote one, a number for its version.
         samples: keys with an image, duplicates included.
         fault: "" or why the shard may lack samples: "truncated shard", "broken shard", "empty
             file" or "not a tar file".
@@ -123,18 +125,12 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
     Raises:
         UsageError: the shard cannot be read, or no folder can hold the index.
     """
-    try:
-        stat = os.stat(shard.path)
-    except OSError as error:
-        raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
+    known = shard.stat()
     for place in _places(shard.path):
         summary = _read_summary(place)
-        if summary and (summary.size, summary.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+        if summary and (summary.size, summary.mtime_ns) == known:
             return place, summary
-    try:
-        summary, table, keys = _scan(shard.path, stat)
-    except OSError as error:
-        raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
+    summary, table, keys = _index_beside(shard, known) or _read_once(shard, known)
     tried = []
     for place in _places(shard.path):
         try:
@@ -147,6 +143,29 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
         f"{shard.path}: its index can be written neither in {' nor in '.join(tried)}: "
         "make one of them writable or set XDG_CACHE_HOME"
     )
+
+
+def _read_once(shard: ShardFile, known: FileStat) -> tuple[Summary, NDArray[Any], bytes]:
+    try:
+        with os.fdopen(shard.open(known), "rb") as file:
+            return _scan(file, known)
+    except OSError as error:
+        raise UsageError(f"{shard.path}: cannot be read ({error.strerror})") from error
+
+
+def _index_beside(shard: ShardFile, known: FileStat) -> tuple[Summary, NDArray[Any], bytes] | None:
+    """The index file that lies beside a remote shard; it saves reading the shard for it."""
+    if shard.cache is None:
+        return None
+    url = f"{shard.path}.index"
+    with contextlib.suppress(UsageError), tempfile.TemporaryFile() as file:
+        remote.download(url, file, remote.stat(url).size)
+        file.seek(0)
+        summary = _summary_of(file)
+        if summary and summary.size == known.size:
+            table = np.frombuffer(file.read(summary.samples * _TABLE.itemsize), _TABLE)
+            return replace(summary, mtime_ns=known.version), table, file.read()
+    return None
 
 
 def open_index(shard: ShardFile, place: Path, summary: Summary) -> ShardIndex:
@@ -188,12 +207,12 @@ class _Row:
         self.spans: dict[str, Span] = {}
 
 
-def _scan(path: str, stat: os.stat_result) -> tuple[Summary, NDArray[Any], bytes]:
+def _scan(file: BinaryIO, known: FileStat) -> tuple[Summary, NDArray[Any], bytes]:
     rows: list[_Row] = []
     latest: dict[str, _Row] = {}  # by key
     seen: set[tuple[str, str]] = set()  # (key, extension)
     faults: list[str] = []
-    for member in _members(path, stat.st_size, faults):
+    for member in _members(file, known.size, faults):
         name = split_member_name(member.name)
         part = _PART_OF.get(name[1]) if name else None
         if name is None or part is None:
@@ -216,8 +235,8 @@ def _scan(path: str, stat: os.stat_result) -> tuple[Summary, NDArray[Any], bytes
     table["key_end"] = np.cumsum([len(key) for key in keys])
     table["duplicate"] = [row.duplicate for row in rows]
     summary = Summary(
-        size=stat.st_size,
-        mtime_ns=stat.st_mtime_ns,
+        size=known.size,
+        mtime_ns=known.version,
         samples=len(rows),
         fault=faults[0] if faults else "",
         key_bytes=sum(map(len, keys)),
@@ -225,10 +244,10 @@ def _scan(path: str, stat: os.stat_result) -> tuple[Summary, NDArray[Any], bytes
     return summary, table, b"".join(keys)
 
 
-def _members(path: str, size: int, faults: list[str]) -> Iterator[tarfile.TarInfo]:
+def _members(file: BinaryIO, size: int, faults: list[str]) -> Iterator[tarfile.TarInfo]:
     """The complete ordinary files of a tar; what is wrong with the tar goes to ``faults``."""
     try:
-        archive = tarfile.open(path, "r:")
+        archive = tarfile.open(fileobj=file, mode="r:")
     except tarfile.ReadError:
         faults.append("not a tar file" if size else "empty file")
         return
@@ -263,8 +282,9 @@ def _check_end(archive: tarfile.TarFile, faults: list[str]) -> None:
 
 def _places(path: str) -> Iterator[Path]:
     """Where an index may lie: beside the shard, the cache folder, the temporary folder."""
-    real = os.path.realpath(path)
-    yield Path(f"{real}.index")
+    real = path if remote.is_remote(path) else os.path.realpath(path)
+    if not remote.is_remote(path):
+        yield Path(f"{real}.index")
     name = hashlib.sha256(os.fsencode(real)).hexdigest()[:32] + ".index"
     with contextlib.suppress(RuntimeError):  # a user whom the system does not know has no home
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

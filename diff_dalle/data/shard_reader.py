@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from diff_dalle.data.batch import BadSample
+from diff_dalle.data.remote import FileStat
 from diff_dalle.data.shard_index import ShardIndex, Span, Summary, open_index
 from diff_dalle.data.shards import ShardFile
+from diff_dalle.errors import UsageError
 
 _OPEN_FILES = 128  # of one process
 _INDEXED_SAMPLES = 2**18  # some 20 MB; two blocks of 2**16 meet where batches cross
@@ -95,9 +97,13 @@ class ShardReader:
 
 
 def _open(shard: Shard) -> int:
-    descriptor = os.open(shard.file.path, os.O_RDONLY)
-    stat, known = os.fstat(descriptor), shard.summary
-    if (stat.st_size, stat.st_mtime_ns) != (known.size, known.mtime_ns):
+    known = FileStat(shard.summary.size, shard.summary.mtime_ns)
+    try:
+        descriptor = shard.file.open(known)
+    except UsageError as error:  # its storage is out of reach
+        raise BadSample("unreadable") from error
+    stat = os.fstat(descriptor)
+    if shard.file.cache is None and (stat.st_size, stat.st_mtime_ns) != known:
         os.close(descriptor)
         raise BadSample("shard changed")
     return descriptor

@@ -1,6 +1,6 @@
 """Which tar files ``--data_dir`` means: folders, brace and glob patterns, single files.
 
-Only regular local files are opened. Whatever is missing, empty or of another shape is refused
+Local files must be regular ones. Whatever is missing, empty or of another shape is refused
 in one line that says what was found.
 """
 
@@ -15,6 +15,9 @@ from glob import glob
 from itertools import islice
 from pathlib import Path
 
+from diff_dalle.data import remote
+from diff_dalle.data.cache import ShardCache
+from diff_dalle.data.remote import FileStat, is_remote
 from diff_dalle.errors import UsageError
 
 _GLOB = "*?["
@@ -35,10 +38,37 @@ class ShardFile:
         name: its path below the entry of ``--data_dir`` that led to it or, where two shards
             would share that, below the folder that holds them all: the same wherever the dataset
             is copied to. No two shards of a dataset have the same.
+        cache: where local copies of a remote shard lie; None for a file on this machine.
     """
 
     path: str
     name: str
+    cache: ShardCache | None = None
+
+    def stat(self) -> FileStat:
+        """Size and version; for a local file its time of change, in nanoseconds.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        if self.cache is not None:
+            return remote.stat(self.path)
+        try:
+            facts = os.stat(self.path)
+        except OSError as error:
+            raise UsageError(f"{self.path}: cannot be read ({error.strerror})") from error
+        return FileStat(facts.st_size, facts.st_mtime_ns)
+
+    def open(self, known: FileStat) -> int:
+        """A descriptor of the file, or of its local copy; remote ones are of the known version.
+
+        Raises:
+            OSError: it cannot be read.
+            UsageError: it cannot be had from where it lies.
+        """
+        if self.cache is not None:
+            return self.cache.open(self.path, known)
+        return os.open(self.path, os.O_RDONLY)
 
 
 def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFile]:
@@ -52,14 +82,20 @@ def find_shards(entries: Sequence[str], flag: str = "data_dir") -> list[ShardFil
             it over for ``data/*``.
         flag: the name of the flag, for messages.
     Raises:
-        UsageError: an entry is missing, empty, remote, a pipe, or holds something else.
+        UsageError: an entry is missing, empty, a pipe, or holds something else.
     """
-    return find_sources([entries], flag)[0]
+    return find_sources([entries], flag, ShardCache.of(None, 0.0))[0]
 
 
-def find_sources(sources: Sequence[Sequence[str]], flag: str) -> list[list[ShardFile]]:
+def find_sources(
+    sources: Sequence[Sequence[str]], flag: str, cache: ShardCache
+) -> list[list[ShardFile]]:
     """The shards of several sources, each as `find_shards` has them, with names that differ.
 
+    Args:
+        sources: entries of each.
+        flag: the name of the flag, for messages.
+        cache: for remote shards.
     Raises:
         UsageError: as `find_shards`; or a shard belongs to two sources.
     """
@@ -70,8 +106,8 @@ def find_sources(sources: Sequence[Sequence[str]], flag: str) -> list[list[Shard
     for number, entries in enumerate(sources):
         own: dict[str, ShardFile] = {}
         for entry in _without_bystanders(entries):
-            for shard in _expand(entry, flag):
-                own.setdefault(os.path.realpath(shard.path), shard)
+            for shard in _expand(entry, flag, cache):
+                own.setdefault(_identity(shard.path), shard)
         for path in own:
             if owner.setdefault(path, number) != number:
                 raise UsageError(f"--{flag}: {path} belongs to two sources, name it once")
@@ -104,17 +140,47 @@ def _told_apart(shards: list[ShardFile]) -> list[ShardFile]:
     return [replace(shard, name=name) for shard, name in zip(shards, names, strict=True)]
 
 
-def _expand(entry: str, flag: str) -> list[ShardFile]:
+def _identity(path: str) -> str:
+    return path if is_remote(path) else os.path.realpath(path)
+
+
+def _expand(entry: str, flag: str, cache: ShardCache) -> list[ShardFile]:
     if entry.startswith("pipe:"):
         raise UsageError(f"--{flag} {entry}: pipe: would run a program, name files or folders")
-    if "://" in entry:
-        raise UsageError(f"--{flag} {entry}: remote shards cannot be read, copy them to a disk")
+    if is_remote(entry):
+        return _remote(entry, flag, cache)
     if os.path.lexists(entry):
         return _existing(entry, entry, flag)
     if any(letter in entry for letter in "{" + _GLOB):
         return _matching(entry, flag)
     hint = _nearest_folder(entry)
     raise UsageError(f"--{flag} {entry}: no such file or folder{hint}")
+
+
+def _remote(entry: str, flag: str, cache: ShardCache) -> list[ShardFile]:
+    """One shard, a brace pattern (without gaps: nothing is asked of each), or a folder."""
+    if "{" in entry or entry.endswith(".tar"):
+        urls = _spelled(entry, flag)
+        return [ShardFile(url, url.rpartition("/")[2], cache) for url in urls]
+    urls = [url for url in remote.list_files(entry) if url.endswith(".tar")]
+    if not urls:
+        raise UsageError(f"--{flag} {entry}: no .tar shards there")
+    return [ShardFile(url, _below(url, entry), cache) for url in urls]
+
+
+def _below(url: str, folder: str) -> str:
+    """The part of a URL below a folder's; stores differ in the slashes that they begin with."""
+    path, top = (one.split("://", 1)[1].strip("/") for one in (url, folder))
+    return path.removeprefix(f"{top}/")
+
+
+def _spelled(pattern: str, flag: str) -> list[str]:
+    from braceexpand import braceexpand
+
+    try:
+        return list(braceexpand(pattern))
+    except ValueError as error:
+        raise UsageError(f"--{flag} {pattern}: the braces do not match") from error
 
 
 def _existing(path: str, entry: str, flag: str) -> list[ShardFile]:
@@ -130,12 +196,7 @@ def _one_file(path: str, entry: str, flag: str) -> ShardFile:
 
 
 def _matching(pattern: str, flag: str) -> list[ShardFile]:
-    from braceexpand import braceexpand
-
-    try:
-        spelled = list(braceexpand(pattern))
-    except ValueError as error:
-        raise UsageError(f"--{flag} {pattern}: the braces do not match") from error
+    spelled = _spelled(pattern, flag)
     paths, missing = [], 0
     for one in spelled:
         existing = _matches(one)

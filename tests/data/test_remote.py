@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import itertools
 import os
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
+import torch
 
 from diff_dalle.data import remote
 from diff_dalle.data.cache import ShardCache
-from diff_dalle.data.remote import RemoteStat
+from diff_dalle.data.loader import DataConfig, open_data, train_batches
+from diff_dalle.data.remote import FileStat
+from diff_dalle.data.shards import find_shards
 from diff_dalle.errors import UsageError
 
 CONTENT = bytes(range(256)) * 2000
@@ -140,7 +145,7 @@ def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
     os.close(cache.open(urls[1], known[1]))  # was evicted
     assert read(first) == CONTENT
     with pytest.raises(UsageError, match="more than --cache_gb"):
-        ShardCache(tmp_path, 10).open(urls[0], RemoteStat(known[0].size, 1))
+        ShardCache(tmp_path, 10).open(urls[0], FileStat(known[0].size, 1))
 
 
 def test_a_download_that_was_killed_is_gone_on_with(server: type[Server], tmp_path: Path) -> None:
@@ -177,3 +182,84 @@ def test_blobfile_reads_what_it_knows(tmp_path: Path) -> None:
     with open(tmp_path / "copy", "wb") as file:
         store.read(str(path), 100, file)
     assert (tmp_path / "copy").read_bytes() == CONTENT[100:]
+
+
+def served(server: type[Server], folder: Path) -> None:
+    """The files of a folder, below the address of the server."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            server.files[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+
+
+def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list[object]:
+    cfg = DataConfig(data_dir=data_dir, cache_dir=str(cache), cache_gb=gib, num_workers=workers)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    batches = train_batches(dataset, tokenizer=None, text_length=8, batch_size=5)
+    found: list[object] = []
+    for batch in itertools.islice(batches, 6):
+        assert batch.bad == []
+        found += zip(batch.keys, batch.seed.tolist(), batch.image, strict=True)
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("indexed", [True, False])
+def test_remote_shards_train_as_local_ones_do(
+    server: type[Server],
+    tmp_path: Path,
+    pack_many,
+    monkeypatch: pytest.MonkeyPatch,
+    indexed: bool,
+    workers: int,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    local = tmp_path / "local"
+    pack_many(local, [6, 9, 4])
+    expected = read_run([str(local)], tmp_path / "unused", 0, 1.0)
+    if not indexed:
+        for path in local.glob("*.index"):
+            path.unlink()
+    served(server, local)
+    room = max(path.stat().st_size for path in local.glob("*.tar")) * 2 / 2**30
+    for _ in range(2):
+        found = read_run(
+            [f"{server.address}/{{00000..00002}}.tar"], tmp_path / "cache", workers, room
+        )
+        for (key, seed, image), (key_2, seed_2, image_2) in zip(expected, found, strict=True):
+            assert (key, seed) == (key_2, seed_2) and torch.equal(image, image_2)
+    held = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar"))
+    assert 0 < held <= room * 2**30
+    indices = [line for line in server.asked if line.startswith("GET") and "index" in line]
+    assert len(indices) == (3 if indexed else 0)  # once, then they lie in the cache folder
+
+
+def test_a_shard_that_goes_away_makes_bad_samples(
+    server: type[Server], tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    pack_many(tmp_path / "local", [6, 9])
+    served(server, tmp_path / "local")
+    cfg = DataConfig(
+        data_dir=[f"{server.address}/{{00000..00001}}.tar"],
+        cache_dir=str(tmp_path / "cache"),
+        num_workers=0,
+    )
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    for path in (tmp_path / "cache").glob("*.tar"):
+        path.unlink()
+    del server.files["/00001.tar"]
+    fresh = pickle.loads(pickle.dumps(dataset))  # as a worker starts: nothing is open
+    batches = train_batches(fresh, tokenizer=None, text_length=8, batch_size=15)
+    batch = next(batches)
+    assert int(batch.valid.sum()) == 6 and {reason for _, _, reason in batch.bad} == {"unreadable"}
+
+
+def test_a_remote_folder_is_listed(tmp_path: Path, pack_many) -> None:
+    pack_many(tmp_path / "local", [2, 3])
+    files = fsspec.filesystem("memory")
+    for path in (tmp_path / "local").glob("*.tar"):
+        files.pipe(f"/data/deep/{path.name}", path.read_bytes())
+    shards = find_shards(["memory://data"])
+    assert [shard.name for shard in shards] == ["deep/00000.tar", "deep/00001.tar"]
+    with pytest.raises(UsageError, match="no .tar shards there"):
+        find_shards(["memory://nothing"])
