@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from diff_dalle.data.batch import BadSample
+from diff_dalle.data.pillow_faults import reason_of, without_16_bit
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 
@@ -89,7 +90,7 @@ def decode(data: bytes, size: int, *, crop: Crop | None = None, flip: bool = Fal
         except (BadSample, MemoryError, AttributeError):
             raise  # the last two are the machine's and the library's faults, not the file's
         except Exception as error:  # decoders raise anything on hostile bytes
-            raise BadSample(_reason(error)) from error
+            raise BadSample(reason_of(error)) from error
     pixels = np.asarray(picture)  # [S,S,3]
     if flip:
         pixels = pixels[:, ::-1]
@@ -141,8 +142,7 @@ def _square(data: bytes, size: int, crop: Crop | None) -> Image.Image:
 
 
 def _as_rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    picture = without_16_bit(picture)
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     picture = picture.convert("RGBA")
@@ -161,11 +161,3 @@ def _orientation(picture: Image.Image) -> int:
 def _pick(u: float, low: int, high: int) -> int:
     """An integer of low … high, both included, for u in [0, 1)."""
     return min(low + int(u * (high - low + 1)), high)
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, Image.DecompressionBombError):
-        return "bomb"
-    return "truncated" if "truncated" in str(error).lower() else "broken"

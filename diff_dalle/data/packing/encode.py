@@ -12,8 +12,9 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from diff_dalle.data.pillow_faults import reason_of, without_16_bit
 
 # A short list: decoders of other formats may start programs. MPO is a JPEG with further views.
 _READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
@@ -77,7 +78,7 @@ def encode(data: bytes, settings: EncodeSettings) -> Encoded:
         except (Unusable, MemoryError):  # too little memory says nothing about the picture
             raise
         except Exception as error:  # decoders raise anything on hostile bytes
-            raise Unusable(_reason(error)) from error
+            raise Unusable(reason_of(error)) from error
 
 
 def _encode(data: bytes, settings: EncodeSettings) -> Encoded:
@@ -115,14 +116,5 @@ def _upright(picture: Image.Image) -> Image.Image:
 
 def _eight_bit(picture: Image.Image) -> Image.Image:
     """RGBA where there is alpha, RGB elsewhere."""
-    if picture.mode.startswith("I"):  # 16-bit grey; Pillow's own conversion clips it to white
-        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
+    picture = without_16_bit(picture)
     return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image"
-    if isinstance(error, Image.DecompressionBombError):
-        return "bomb"
-    return "truncated" if "truncated" in str(error).lower() else "broken"
