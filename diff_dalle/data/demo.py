@@ -17,7 +17,13 @@ from diff_dalle.data import emoji
 from diff_dalle.data.captions import captions
 from diff_dalle.data.scenes import TRAIN, VAL, sample_scene
 from diff_dalle.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
-from diff_dalle.data.writer import FORMATS, Sample, write_json, write_shards
+from diff_dalle.data.writer import (
+    FORMATS,
+    Sample,
+    require_same_settings,
+    write_json,
+    write_shards,
+)
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require, require_choice
 
@@ -152,7 +158,7 @@ def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
         raise UsageError(
             f"--out_dir {folder} holds something else ({some}): name a new or an empty folder"
         ) from error
-    _check_same(folder, saved, settings)
+    require_same_settings(folder, saved, settings, of="other settings")
     for name, size in shards.items():
         path = folder / name
         if path.exists() and path.stat().st_size != size:
@@ -167,16 +173,6 @@ def _shard_sizes(content: dict[str, Any]) -> dict[str, int]:
         for split, facts in content["splits"].items()
         for name, size in facts["shards"].items()
     }
-
-
-def _check_same(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    names = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
-    if names:
-        changes = ", ".join(f"{n} {saved.get(n)} -> {settings.get(n)}" for n in names[:3])
-        raise UsageError(
-            f"--out_dir {folder} holds a data set of other settings ({changes}): "
-            "name another folder, or remove this one"
-        )
 
 
 def _shapes(cfg: DemoDataConfig) -> _Source:

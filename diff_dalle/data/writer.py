@@ -23,6 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diff_dalle.errors import UsageError
+
 FORMATS = ("png", "jpg")
 _BLOCK = 16  # samples that a drawing process is given at a time
 
@@ -103,6 +105,23 @@ def write_shards(
                 os.fsync(file.fileno())
             os.replace(aside, path)
     return {path.name: path.stat().st_size for path in paths}
+
+
+def require_same_settings(
+    folder: Path, saved: dict[str, Any], settings: dict[str, Any], *, of: str
+) -> None:
+    """Refuse to go on in a folder that was begun with other settings.
+
+    Raises:
+        UsageError: says whose the folder is (``of``) and up to three settings, saved -> given.
+    """
+    names = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+    if names:
+        changes = ", ".join(f"{n} {saved.get(n)} -> {settings.get(n)}" for n in names[:3])
+        raise UsageError(
+            f"--out_dir {folder} holds a data set of {of} ({changes}): "
+            "name another folder, or remove this one"
+        )
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 from diff_dalle.data.packing.folders import SPLITS
 from diff_dalle.data.packing.shard_writer import SplitState, publish_shards, require_shards
+from diff_dalle.data.writer import require_same_settings
 from diff_dalle.errors import UsageError
 
 SKIPPED = "skipped.jsonl"
@@ -95,7 +96,7 @@ def open_progress(folder: Path, settings: dict[str, Any]) -> Progress | None:
         raise UsageError(
             f"--out_dir {folder} holds something else ({some}): name a new or an empty folder"
         ) from error
-    _check_same(folder, saved, settings)
+    require_same_settings(folder, saved, settings, of="another command")
     if unfinished:
         return progress
     for split, sizes in shards.items():
@@ -177,16 +178,6 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _progress(saved: dict[str, Any]) -> Progress:
     splits = {split: SplitState(**state) for split, state in saved["splits"].items()}
     return Progress(**{**saved, "splits": splits})
-
-
-def _check_same(folder: Path, saved: dict[str, Any], settings: dict[str, Any]) -> None:
-    names = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
-    if names:
-        changes = ", ".join(f"{n} {saved.get(n)} -> {settings.get(n)}" for n in names[:3])
-        raise UsageError(
-            f"--out_dir {folder} holds a data set of another command ({changes}): "
-            "name another folder, or remove this one"
-        )
 
 
 def _replace_json(path: Path, content: dict[str, Any]) -> None:
