@@ -12,14 +12,11 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from diff_dalle.data.batch import BadSample, Batch
 from diff_dalle.data.cache import ShardCache
@@ -31,7 +28,7 @@ from diff_dalle.data.shard_reader import Shard
 from diff_dalle.data.shards import ShardFile, find_sources
 from diff_dalle.data.sources import Source, parse_sources
 from diff_dalle.data.visits import Arrays, CaptionEncoder, Visits
-from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker, start_fork_server
+from diff_dalle.data.workers import load, start_fork_server
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import require
 
@@ -40,7 +37,6 @@ __all__ = ["DataConfig", "Dataset", "eval_batches", "open_data", "train_batches"
 EVAL_EPOCH = -1  # so that held-out samples meet the same noise at every evaluation
 _TRIED = 64  # samples, before a dataset is called useless
 _READERS = 8  # shards indexed at once; the disk is what takes time
-_PREFETCH = 2  # batches ready, for each worker
 
 
 def open_data(
@@ -129,7 +125,7 @@ def train_batches(
     order = dataset.order()
     visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=True)
     positions = rank_batches(start_sample, batch_size, rank, world)
-    return _batches(visits, positions, _workers(dataset, num_workers))
+    return map(Arrays.to_batch, load(visits, positions, _workers(dataset, num_workers)))
 
 
 def eval_batches(
@@ -154,7 +150,8 @@ def eval_batches(
     steps = -(-len(order) // (batch_size * world))
     positions = rank_batches(0, batch_size, rank, world)
     taken = [next(positions) for _ in range(steps)]
-    return _batches(visits, taken, min(_workers(dataset, num_workers), steps))
+    workers = min(_workers(dataset, num_workers), steps)
+    return map(Arrays.to_batch, load(visits, taken, workers))
 
 
 class _FixedOrder:
@@ -170,29 +167,6 @@ class _FixedOrder:
         if position >= len(self):
             return None
         return Slot(EVAL_EPOCH, int(self._samples[position]))
-
-
-def _batches(visits: Visits, positions: Iterable[range], workers: int) -> Iterator[Batch]:
-    if workers:
-        start_fork_server()
-    loader: DataLoader[Arrays] = DataLoader(
-        visits,
-        batch_sampler=positions,  # type: ignore[arg-type]  # any iterable of indices will do
-        collate_fn=_as_is,
-        num_workers=workers,
-        prefetch_factor=_PREFETCH if workers else None,
-        multiprocessing_context=CONTEXT if workers else None,
-        worker_init_fn=set_up_worker,
-        # The loader draws a seed at its start: not from the generator that dropout uses.
-        generator=torch.Generator(),
-    )
-    count = len(positions) if isinstance(positions, Sized) else None
-    arrays = WorkerBatches(loader, count) if workers else iter(loader)
-    return map(Arrays.to_batch, arrays)
-
-
-def _as_is(arrays: Any) -> Any:
-    return arrays
 
 
 def _workers(dataset: Dataset, given: int | None) -> int:

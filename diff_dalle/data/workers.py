@@ -16,16 +16,18 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
-from torch.utils.data import DataLoader
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-CONTEXT = "forkserver"
+_CONTEXT = "forkserver"
+_PREFETCH = 2  # items ready, for each worker
 _PATIENCE = 1.0  # seconds between looks at who is still there
 _LEAVING = 10.0  # seconds for workers that are busy
 
@@ -34,14 +36,43 @@ Item = TypeVar("Item")
 
 def start_fork_server() -> None:
     """Does nothing if it runs; else it gets ready in the background."""
-    multiprocessing.get_context(CONTEXT).set_forkserver_preload(
+    multiprocessing.get_context(_CONTEXT).set_forkserver_preload(
         ["torch.utils.data", "diff_dalle.data.visits"]
     )
     forkserver.ensure_running()
 
 
-def set_up_worker(_: int) -> None:
-    """The ``worker_init_fn`` of a loader."""
+def load(dataset: Dataset[Item], batches: Iterable[Sequence[int]], workers: int) -> Iterator[Item]:
+    """What a map-style dataset makes of batches of indices, in order.
+
+    Args:
+        dataset: its ``__getitems__`` makes one item of a whole batch.
+        batches: indices; those that end have a length.
+        workers: processes that make the items; 0: this one.
+    """
+    if workers:
+        start_fork_server()
+    loader: DataLoader[Item] = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of indices will do
+        collate_fn=_as_is,
+        num_workers=workers,
+        prefetch_factor=_PREFETCH if workers else None,
+        multiprocessing_context=_CONTEXT if workers else None,
+        worker_init_fn=_set_up_worker,
+        # The loader draws a seed at its start: not from the generator that dropout uses.
+        generator=torch.Generator(),
+    )
+    if not workers:
+        return iter(loader)
+    return WorkerBatches(loader, len(batches) if isinstance(batches, Sized) else None)
+
+
+def _as_is(item: Item) -> Item:
+    return item
+
+
+def _set_up_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 
@@ -58,7 +89,7 @@ class WorkerBatches(Iterator[Item], Generic[Item]):
         """Start the workers.
 
         Args:
-            loader: has one worker at least; its context is `CONTEXT`.
+            loader: has one worker at least; made by `load`.
             count: how many items it gives; None if without end.
         """
         before = set(multiprocessing.active_children())

@@ -9,10 +9,9 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.data import DataLoader
 
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.dataset import Dataset, Raw
@@ -20,11 +19,10 @@ from diff_dalle.data.images import Pixels, decode
 from diff_dalle.data.inspection.picture import Header, border_of, read_header
 from diff_dalle.data.order import Integers
 from diff_dalle.data.tokenizer import Tokenizer
-from diff_dalle.data.workers import CONTEXT, WorkerBatches, set_up_worker
+from diff_dalle.data.workers import load
 
 TILE = 128  # pixels of a picture that is shown
 _CHUNK = 64  # samples that a worker is given at a time
-_PREFETCH = 2  # chunks ready, for each worker
 
 
 class Cost(NamedTuple):
@@ -96,28 +94,15 @@ def look_at(
         num_workers: processes that look; 0: in this one.
     """
     looks = _Looks(dataset, tokenizer, image_size, shown)
-    chunks = (samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK))
-    loader: DataLoader[list[Sight]] = DataLoader(
-        looks,
-        batch_sampler=chunks,  # type: ignore[arg-type]  # any iterable of numbers will do
-        collate_fn=_as_is,
-        num_workers=num_workers,
-        prefetch_factor=_PREFETCH if num_workers else None,
-        multiprocessing_context=CONTEXT if num_workers else None,
-        worker_init_fn=set_up_worker,
-    )
-    count = -(-len(samples) // _CHUNK)
-    for sights in WorkerBatches(loader, count) if num_workers else loader:
+    starts = range(0, len(samples), _CHUNK)
+    chunks = [samples[start : start + _CHUNK].tolist() for start in starts]
+    for sights in load(looks, chunks, num_workers):
         yield from sights
 
 
 def digest(data: bytes) -> int:
     """A 64-bit hash, the same everywhere: 10⁸ different texts share one with odds of 1 : 3700."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def _as_is(sights: Any) -> Any:
-    return sights
 
 
 class _Looks(torch.utils.data.Dataset[list[Sight]]):
