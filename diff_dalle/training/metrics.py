@@ -83,6 +83,7 @@ class Pace:
         self._begun = time.perf_counter()
         self._steps = 0
         self._seconds = 0.0  # of all steps
+        self._first_batch: float | None = None  # seconds; told once
         self._forget()
 
     def _forget(self) -> None:
@@ -90,6 +91,8 @@ class Pace:
 
     def stepped(self, samples: int, *, waiting: float, working: float) -> None:
         """A step over ``samples`` samples of all ranks ended; both times in seconds."""
+        if self._steps == 0:
+            self._first_batch = waiting
         self._samples += samples
         self._waiting += waiting
         self._busy += waiting + working
@@ -102,7 +105,10 @@ class Pace:
         return self._seconds / max(self._steps, 1)
 
     def measure(self, steps_left: int) -> dict[str, float]:
-        """``img_per_sec`` and ``data_wait_share`` since the last call, ``eta`` in seconds."""
+        """``img_per_sec`` and ``data_wait_share`` since the last call, ``eta`` in seconds.
+
+        The first call also has ``time_to_first_batch``, seconds, which count as waiting too.
+        """
         busy = max(self._busy, 1e-9)
         elapsed = time.perf_counter() - self._begun
         values = {
@@ -110,6 +116,9 @@ class Pace:
             "data_wait_share": self._waiting / busy,
             "eta": steps_left * elapsed / max(self._steps, 1),
         }
+        if self._first_batch is not None:
+            values["time_to_first_batch"] = self._first_batch
+            self._first_batch = None
         self._forget()
         return values
 

@@ -19,6 +19,7 @@ _SHOWN = {
     "lr": "{:.2e}",
     "img_per_sec": "{:.1f}",
     "data_wait_share": "{:.0%}",
+    "time_to_first_batch": "{:.1f}s",
     "bad_share": "{:.2%}",
 }
 

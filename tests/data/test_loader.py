@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -70,25 +71,29 @@ def test_ranks_and_workers_do_not_change_the_global_batches(
         assert joined([take(rank, 5) for rank in ranks]) == truth, (world, workers)
 
 
-def test_a_run_goes_on_anywhere_with_another_world(
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_a_run_goes_on_anywhere_with_another_world_and_other_workers(
     tmp_path: Path, pack_many, tokenizer: Tokenizer
 ) -> None:
-    pack_many(tmp_path, [5, 6])
+    keys = pack_many(tmp_path, [5, 6, 1], size=(24, 20))
     dataset = opened(tmp_path)
     common = {"tokenizer": tokenizer, "text_length": 8, "batch_size": 2}
+    stops = random.Random(1)
+    stretches = list(itertools.product((1, 2, 3), (0, 1, 3)))
+    stops.shuffle(stretches)
     visits, position = [], 0
-    for world, steps in ((1, 3), (3, 2), (2, 4)):
-        ranks = [
-            take(
-                train_batches(dataset, rank=rank, world=world, start_sample=position, **common),
-                steps,
-            )
-            for rank in range(world)
-        ]
+    for world, workers in stretches:
+        steps = stops.randint(1, 4)
+        asked = {"world": world, "num_workers": workers, "start_sample": position, **common}
+        ranks = [take(train_batches(dataset, rank=r, **asked), steps) for r in range(world)]
         visits += joined(ranks)
         position += steps * world * 2
-    truth = joined([take(train_batches(dataset, **common), position // 2)])
+    truth = joined([take(train_batches(dataset, num_workers=0, **common), position // 2)])
     assert visits == truth
+    epochs, rest = divmod(position, len(keys))
+    assert epochs >= 3 and rest
+    for epoch in range(epochs):
+        assert sorted(visit[0] for visit in visits[12 * epoch : 12 * epoch + 12]) == keys
 
 
 def test_a_batch_larger_than_the_data_runs_through_epochs(

@@ -58,6 +58,10 @@ def test_pace_counts_waiting_and_work() -> None:
     assert values["img_per_sec"] == pytest.approx(4.0)
     assert values["data_wait_share"] == pytest.approx(0.2)
     assert values["eta"] == 0
+    assert values["time_to_first_batch"] == 1.0
+    pace.stepped(10, waiting=3.0, working=1.0)
+    later = pace.measure(steps_left=0)
+    assert later["data_wait_share"] == 0.75 and "time_to_first_batch" not in later
 
 
 def rows(folder: Path) -> list[dict[str, str]]:

@@ -139,7 +139,7 @@ def test_losses_of_an_interrupted_run_are_the_same_lines(tmp_path: Path) -> None
     assert timeless[0] == timeless[1] and len(timeless[0]) == 6
 
 
-TIMES = {"img_per_sec", "data_wait_share", "eta"}
+TIMES = {"img_per_sec", "data_wait_share", "time_to_first_batch", "eta"}
 
 
 def test_the_order_of_samples_goes_on_when_the_batch_changes(tmp_path: Path) -> None:
