@@ -106,6 +106,7 @@ def open_run_data(
         val=evaluation if held_out else None,
         tokenizer=tokenizer,
         epochs=dataset.epochs,
+        faults=[*dataset.bad, *(held_out.bad if held_out else [])],
     )
     return RunData(batches=batches, tokenizer=tokenizer, fingerprint=dataset.fingerprint)
 

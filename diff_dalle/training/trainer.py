@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,14 @@ class Data:
         val: opens this rank's held-out batches, the same ones each time; None: no evaluation.
         tokenizer: None for a run without captions.
         epochs: global samples visited -> how often the data, of each source, were visited.
+        faults: (shard, "", reason) of shards that may lack samples, the same on all ranks.
     """
 
     train: Callable[[int], Iterator[Batch]]
     val: Callable[[], Iterable[Batch]] | None = None
     tokenizer: Tokenizer | None = None
     epochs: Callable[[int], dict[str, float]] = lambda samples: {}
+    faults: Sequence[Bad] = ()
 
 
 class Trainer:
@@ -78,7 +80,7 @@ class Trainer:
         self.bad_share = BadShare(cfg.max_bad_share)
         self.step = 0
         self.samples = 0  # of all ranks
-        self.bad: list[Bad] = []  # this rank's, not yet logged
+        self.bad: list[Bad] = list(data.faults)  # this rank's, not yet logged
 
     def begin(self, start: Start) -> None:
         """Take over weights or a whole state, and make all ranks the same (a collective)."""
