@@ -76,10 +76,10 @@ class GaussianDiffusion:
         """Float64 [T] on the CPU."""
         return self.schedule.alpha_bar
 
-    def respace(self, spec: str) -> GaussianDiffusion:
-        """The same process over fewer steps, see `schedule.space_timesteps`."""
+    def respace(self, spec: str, spacing: str = "uniform") -> GaussianDiffusion:
+        """The same process over fewer steps, see `spacing.choose_steps`."""
         return GaussianDiffusion(
-            self.schedule.respace(spec),
+            self.schedule.respace(spec, spacing),
             prediction=self.prediction,
             variance=self.variance,
             rescale_timesteps=self.rescale_timesteps,
@@ -247,4 +247,6 @@ def _tables(schedule: Schedule) -> dict[str, Tensor]:
         "log_large": schedule.large_log_variance,
         "coef_x_0": schedule.posterior_coef_x_0,
         "coef_x_t": schedule.posterior_coef_x_t,
+        "reach": schedule.reach,
+        "bounded_reach": schedule.bounded_reach,
     }

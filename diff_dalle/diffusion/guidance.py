@@ -33,23 +33,27 @@ def shift_mean(posterior: Posterior, gradient: Tensor) -> Posterior:
 
 
 def shift_score(
-    diffusion: GaussianDiffusion, posterior: Posterior, x_t: Tensor, t: Tensor, gradient: Tensor
-) -> Posterior:
-    """eps - sqrt(1 - alpha_bar) g (Dhariwal and Nichol 2021, algorithm 2), for any sampler.
+    diffusion: GaussianDiffusion,
+    x_0: Tensor,
+    t: Tensor,
+    gradient: Tensor,
+    *,
+    bounded: bool = True,
+) -> Tensor:
+    """x_0 of eps - sqrt(1 - alpha_bar) g (Dhariwal and Nichol 2021, algorithm 2), any sampler's.
 
     Args:
         diffusion: the process.
-        posterior: of the unguided model.
-        x_t: [B,C,H,W].
+        x_0: [B,C,H,W], the estimate of the unguided model.
         t: int64 [B].
         gradient: as in `shift_mean`.
+        bounded: move x_{t-1} no further than `shift_mean` would. As published x_0 moves by
+            (1 - alpha_bar) / sqrt(alpha_bar) g, without bound where noise is near total.
     Returns:
-        The posterior of the guided eps. Its estimate of x_0 is not clipped again.
+        x_0 [B,C,H,W], not clipped again.
     """
-    eps = diffusion.eps_from_x0(posterior.x_0, x_t, t)
-    eps = eps - diffusion.at("sigma", t, x_t) * gradient
-    x_0 = diffusion.x0_from_eps(eps, x_t, t)
-    return replace(posterior, mean=diffusion.q_posterior(x_0, x_t, t).mean, x_0=x_0)
+    reach = diffusion.at("bounded_reach" if bounded else "reach", t, x_0)
+    return x_0 + reach * gradient
 
 
 def classifier_free(model_both: Model, scale: float, learned_variance: bool) -> Model:

@@ -18,6 +18,7 @@ from diff_dalle.diffusion.guidance import (
     similarity_gradient,
     time_of_other_process,
 )
+from diff_dalle.diffusion.samplers.contract import flow_step
 from diff_dalle.diffusion.schedule import Schedule
 
 LINEAR = GaussianDiffusion(Schedule.make("linear", 1000))
@@ -96,21 +97,44 @@ def test_mean_shift() -> None:
 
 def test_score_shift() -> None:
     x_t, gradient = images(1), images(2)
-    p = COSINE.posterior(images(0), x_t, T)
-    shifted = shift_score(COSINE, p, x_t, T, gradient)
-    moved = COSINE.eps_from_x0(shifted.x_0, x_t, T) - COSINE.eps_from_x0(p.x_0, x_t, T)
+    x_0 = COSINE.posterior(images(0), x_t, T).x_0
+    shifted = shift_score(COSINE, x_0, T, gradient, bounded=False)
+    moved = COSINE.eps_from_x0(shifted, x_t, T) - COSINE.eps_from_x0(x_0, x_t, T)
     sigma = (1 - COSINE.alpha_bar[T]).sqrt().reshape(-1, 1, 1, 1)
     torch.testing.assert_close(moved, -sigma * gradient, rtol=1e-6, atol=1e-9)
-    torch.testing.assert_close(shifted.mean, COSINE.q_posterior(shifted.x_0, x_t, T).mean)
 
 
 def test_both_shifts_lead_the_same_way() -> None:
     """For small steps the mean moves equally: beta / sqrt(alpha) g against Sigma g."""
-    x_t, gradient = images(1), images(2)
-    p = COSINE.posterior(images(0), x_t, torch.full((3,), 300), clip=False)
+    x_t, gradient, t = images(1), images(2), torch.full((3,), 300)
+    p = COSINE.posterior(images(0), x_t, t, clip=False)
     by_mean = shift_mean(p, gradient).mean - p.mean
-    by_score = shift_score(COSINE, p, x_t, torch.full((3,), 300), gradient).mean - p.mean
+    led = shift_score(COSINE, p.x_0, t, gradient)
+    by_score = COSINE.q_posterior(led, x_t, t).mean - p.mean
     torch.testing.assert_close(by_mean, by_score, rtol=0.01, atol=1e-9)
+
+
+@pytest.mark.parametrize("steps", ["", "250", "20", "3"])
+def test_a_bounded_shift_leads_no_further_than_ancestral_sampling(steps: str) -> None:
+    """The deterministic step, worked out at two x_0, against the posterior's variance."""
+    short = COSINE.respace(steps)
+    t = torch.arange(1, short.num_steps)
+    still = torch.zeros(len(t), 1, 1, 1, dtype=torch.float64)
+    one = torch.ones_like(still)
+    led = flow_step(short, shift_score(short, still, t, one), still, t)
+    variance = short.schedule.posterior_variance[1:].reshape(-1, 1, 1, 1)
+    assert (led <= variance * (1 + 1e-9)).all()
+    published = flow_step(short, shift_score(short, still, t, one, bounded=False), still, t)
+    torch.testing.assert_close(led, torch.minimum(published, variance))
+    steep = (short.schedule.h[1:] > 0.5).reshape(-1, 1, 1, 1)
+    assert (led < published * (1 - 1e-9))[steep].all() or steps == ""
+
+
+def test_many_steps_are_shifted_as_published() -> None:
+    schedule = COSINE.schedule
+    fine = schedule.h < 0.28
+    assert fine.sum() > 950
+    assert torch.equal(schedule.bounded_reach[fine], schedule.reach[fine])
 
 
 def cond(x: Tensor, time: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def results(name: str, dtype: torch.dtype, ddim: GaussianDiffusion) -> dict[str,
     t = FIXTURE[f"{name}.t"]
     x_t = d.add_noise(x_0, t, eps)
     p, q = d.posterior(output, x_t, t), d.q_posterior(x_0, x_t, t)
-    guided = shift_score(d, p, x_t, t, grad)
+    guided = shift_score(d, p.x_0, t, grad, bounded=False)
     variance = d.schedule.posterior_variance[t].reshape(-1, 1, 1, 1).expand_as(x_0)
     ours = {
         "timestep_map": d.schedule.timestep_map,
@@ -72,8 +72,8 @@ def results(name: str, dtype: torch.dtype, ddim: GaussianDiffusion) -> dict[str,
         "q_posterior_log_variance_clipped": q.log_var,
         "q_posterior_variance": variance,
         "guided_mean": shift_mean(p, grad).mean,
-        "guided_score_mean": guided.mean,
-        "guided_score_pred_xstart": guided.x_0,
+        "guided_score_mean": d.q_posterior(guided, x_t, t).mean,
+        "guided_score_pred_xstart": guided,
         "ddpm": ddpm_step(d, output, x_t, t, z)[0],
         "ddim_eta0": ddim_step(ddim, output, x_t, t, z)[0],
         "ddim_eta1": ddim_step(ddim, output, x_t, t, z, eta=1.0)[0],

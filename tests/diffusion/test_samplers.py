@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, invert_ddim, sample_ddim
+from diff_dalle.diffusion.samplers.contract import flow_step
 from diff_dalle.diffusion.schedule import Schedule
 
 BASE = GaussianDiffusion(Schedule.make("cosine", 1000))
@@ -126,15 +127,18 @@ def test_clip_is_respected(sample: Callable[..., Tensor]) -> None:
 
 
 def test_the_guide_sees_steps_of_the_sampled_process(sample: Callable[..., Tensor]) -> None:
-    steps: list[Tensor] = []
+    """Asked wherever the network is, in the same order."""
+    network, steps = Network(), []
 
     def guide(x_t: Tensor, t: Tensor) -> Tensor:
         steps.append(t)
         return torch.full_like(x_t, 3.0)
 
-    guided = sample(Network(), start(), SHORT, noise=keyed(KEYS), guide=guide, clip=False)
+    guided = sample(network, start(), SHORT, noise=keyed(KEYS), guide=guide, clip=False)
     plain = sample(Network(), start(), SHORT, noise=keyed(KEYS), clip=False)
-    assert [t.tolist() for t in steps] == [[i] * 3 for i in reversed(range(10))]
+    assert list(dict.fromkeys(int(t[0]) for t in steps)) == list(reversed(range(10)))
+    base = SHORT.schedule.timestep_map
+    assert [base[t].tolist() for t in steps] == [time.tolist() for time in network.times]
     assert steps[0].dtype == torch.int64
     assert (guided - plain).mean() > 0  # a constant upward gradient makes images brighter
 
@@ -170,6 +174,45 @@ def test_half_precision_networks_are_stepped_in_float32(sample: Callable[..., Te
 
     noise = keyed(KEYS, torch.float32)
     assert sample(network, start(dtype=torch.float32), SHORT, noise=noise).dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_network_is_asked_once_a_step_but_by_heun(name: str) -> None:
+    network = Network()
+    SAMPLERS[name](network, start(), SHORT, noise=keyed(KEYS))
+    assert len(network.times) == (19 if name == "heun" else 10)
+
+
+def test_only_ancestral_and_sde_samplers_draw() -> None:
+    asked: dict[str, list[int]] = {name: [] for name in SAMPLERS}
+    for name, sampler in SAMPLERS.items():
+
+        def noise(step: int, x: Tensor, name: str = name) -> Tensor:
+            asked[name].append(step)
+            return torch.zeros_like(x)
+
+        sampler(Network(), start(), SHORT, noise=noise)
+    assert {name for name in SAMPLERS if asked[name]} == {"ddpm", "dpmpp_2m_sde"}
+    assert asked["dpmpp_2m_sde"] == list(range(9, 0, -1))
+
+
+def test_a_step_that_grows_extrapolates_no_further_than_the_last() -> None:
+    """Steps 5, 4, 0: the second is many times the first in log-SNR."""
+    kept = GaussianDiffusion(
+        SHORT.schedule.keep([0, 4, 5]), prediction="x0", variance="fixed_small"
+    )
+    assert kept.schedule.h[1] > 2 * kept.schedule.h[2]
+    estimates = iter([0.2, 0.3, 0.4])
+    seen: list[Tensor] = []
+
+    def network(x_t: Tensor, time: Tensor) -> Tensor:
+        seen.append(x_t)
+        return torch.full_like(x_t, next(estimates))
+
+    SAMPLERS["dpmpp_2m"](network, start(), kept, noise=keyed(KEYS))
+    t = torch.ones(3, dtype=torch.int64)
+    wanted = flow_step(kept, torch.full_like(seen[1], 0.35), seen[1], t)
+    torch.testing.assert_close(seen[2], wanted)
 
 
 def test_ddpm_step_adds_no_noise_at_step_0_only() -> None:

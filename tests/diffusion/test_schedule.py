@@ -13,8 +13,8 @@ from diff_dalle.diffusion.schedule import (
     Schedule,
     betas_cosine,
     betas_linear,
-    space_timesteps,
 )
+from diff_dalle.diffusion.spacing import choose_steps
 from diff_dalle.errors import UsageError
 
 LINEAR = Schedule.make("linear", 1000)
@@ -83,50 +83,6 @@ def test_cosine_follows_the_cosine_until_it_is_clipped() -> None:
     assert betas_linear(1000).dtype == torch.float64
 
 
-@pytest.mark.parametrize(
-    ("spec", "count", "first", "last"),
-    [
-        ("250", 250, [0, 4, 8], [995, 999]),
-        ("ddim25", 25, [0, 40, 80], [920, 960]),
-        ("50", 50, [0, 20, 41], [979, 999]),
-        ("ddim27", 27, [0, 38], [988]),
-        ("", 1000, [0, 1, 2], [998, 999]),
-        ("1000", 1000, [0, 1, 2], [998, 999]),
-        ("1", 1, [0], [0]),
-        ("2", 2, [0], [999]),
-        ("ddim1000", 1000, [0, 1], [999]),
-        ("10, 15,20", 45, [0, 37, 74], [982, 999]),
-        ("0,5", 5, [500], [999]),
-    ],
-)
-def test_respacing(spec: str, count: int, first: list[int], last: list[int]) -> None:
-    kept = space_timesteps(1000, spec)
-    assert len(kept) == count == len(set(kept))
-    assert kept == sorted(kept)
-    assert kept[: len(first)] == first and kept[-len(last) :] == last
-
-
-def test_sections_of_300_steps() -> None:
-    """The example in the field's own documentation: strides of about 11, 7 and 5."""
-    kept = space_timesteps(300, "10,15,20")
-    assert [sum(low <= t < low + 100 for t in kept) for low in (0, 100, 200)] == [10, 15, 20]
-    assert kept[:3] == [0, 11, 22] and kept[10:12] == [100, 107] and kept[-1] == 299
-
-
-@pytest.mark.parametrize(
-    "spec", ["ddim400", "1001", "0", "0,0", "ddim0", "-5", "abc", "ddim", "12.5", "10,", "ddim5,5"]
-)
-def test_respacing_refuses_what_does_not_exist(spec: str) -> None:
-    with pytest.raises(UsageError, match="--timestep_respacing is '") as error:
-        space_timesteps(1000, spec)
-    assert "\n" not in str(error.value)
-
-
-def test_an_impossible_stride_names_its_neighbours() -> None:
-    with pytest.raises(UsageError, match="ddim334 or ddim500"):
-        space_timesteps(1000, "ddim400")
-
-
 @pytest.mark.parametrize("base", [LINEAR, COSINE])
 @pytest.mark.parametrize("spec", ["250", "ddim25", "10,15,20", "1"])
 def test_respaced_process_keeps_alpha_bar(base: Schedule, spec: str) -> None:
@@ -135,7 +91,7 @@ def test_respaced_process_keeps_alpha_bar(base: Schedule, spec: str) -> None:
     torch.testing.assert_close(
         torch.cumprod(1 - short.betas, 0), short.alpha_bar, rtol=1e-8, atol=0
     )
-    assert short.timestep_map.tolist() == space_timesteps(1000, spec)
+    assert short.timestep_map.tolist() == choose_steps(base.alpha_bar, spec)
     assert short.base_steps == 1000
     assert torch.isfinite(short.posterior_log_variance).all()
 

@@ -1,12 +1,7 @@
-"""Samplers: from noise to images. One function a sampler, one line a sampler in `SAMPLERS`.
-
-All share one contract (`Sampler`). A sampler sees a callable, never a network class, and draws no
-random number itself: ``noise`` is asked for each step's.
-"""
+"""Samplers of first order: ancestral (DDPM) and implicit (DDIM), and DDIM run backwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
@@ -14,45 +9,8 @@ import torch
 from torch import Tensor
 
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
-from diff_dalle.diffusion.guidance import Guide, Model, shift_mean, shift_score
-
-Noise = Callable[[int, Tensor], Tensor]
-"""(step index t, x_t [B,C,H,W]) -> standard normal numbers like x_t."""
-
-Callback = Callable[[int, Tensor], None]
-"""(steps done: 1, 2, ..., T; estimate of x_0 [B,C,H,W]) -> nothing."""
-
-
-class Sampler(Protocol):
-    """The contract of every sampler.
-
-    Args:
-        model: the network, see `guidance.Model`.
-        x_T: [B,C,H,W] standard normal noise.
-        diffusion: the process, respaced to the steps that are to be taken.
-        noise: fresh noise for step t; deterministic samplers do not call it.
-        guide: gradient to follow, see `guidance.Guide`.
-        clip: what happens to every estimate of x_0, see `gaussian.Clip`.
-        callback: told of every step.
-        eta: randomness from 0 to 1 of samplers that have a choice; the others do not read it.
-    Returns:
-        x_0, [B,C,H,W].
-    """
-
-    def __call__(
-        self,
-        model: Model,
-        x_T: Tensor,
-        diffusion: GaussianDiffusion,
-        *,
-        noise: Noise,
-        guide: Guide | None = None,
-        clip: Clip = True,
-        callback: Callback | None = None,
-        eta: float = 0.0,
-    ) -> Tensor:
-        """Sample."""
-        ...
+from diff_dalle.diffusion.guidance import Guide, Model, shift_mean
+from diff_dalle.diffusion.samplers.contract import Callback, Noise, ask, estimate_x0, flow_step
 
 
 class Step(Protocol):
@@ -153,14 +111,9 @@ def ddim_step(
 
     Guided by Dhariwal and Nichol 2021, algorithm 2. No noise at t = 0.
     """
-    posterior = diffusion.posterior(model_output, x_t, t, clip=clip)
-    if gradient is not None:
-        posterior = shift_score(diffusion, posterior, x_t, t, gradient)
-    x_0 = posterior.x_0
-    eps = diffusion.eps_from_x0(x_0, x_t, t)
+    x_0 = estimate_x0(diffusion, model_output, x_t, t, gradient=gradient, clip=clip)
     std = eta * diffusion.at("posterior_std", t, x_t)  # eq. 16, multiplied out; 0 at t = 0
-    direction = torch.sqrt(diffusion.at("sigma_prev", t, x_t) ** 2 - std**2) * eps
-    return diffusion.at("signal_prev", t, x_t) * x_0 + direction + std * z, x_0
+    return flow_step(diffusion, x_0, x_t, t, std) + std * z, x_0
 
 
 @torch.no_grad()
@@ -184,7 +137,7 @@ def invert_ddim(
     x = x_0
     for step in range(diffusion.num_steps):
         t = torch.full((len(x),), max(step - 1, 0), device=x.device)
-        output = model(x, diffusion.model_time(t))
+        output = ask(model, diffusion, x, t)
         if step == 0:
             estimate = diffusion.posterior(output, x, t, clip=clip).x_0
             x = diffusion.add_noise(x, t, diffusion.eps_from_x0(estimate, x, t))
@@ -220,7 +173,7 @@ def _descend(
     x = x_T
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full((len(x),), i, device=x.device)
-        output = model(x, diffusion.model_time(t))
+        output = ask(model, diffusion, x, t)
         gradient = guide(x, t) if guide else None
         z = noise(i, x) if noise and i > 0 else torch.zeros_like(x)
         x, x_0 = step(diffusion, output, x, t, z, gradient=gradient, clip=clip)
@@ -232,6 +185,3 @@ def _descend(
 def _after_first(t: Tensor, x: Tensor) -> Tensor:
     """1 where t > 0 and 0 where t = 0, [B,1,1,1]."""
     return (t > 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-
-
-SAMPLERS: dict[str, Sampler] = {"ddpm": sample_ddpm, "ddim": sample_ddim}
