@@ -34,7 +34,7 @@ def sample(argv: list[str]) -> None:
         assert writer is not None
         writer.require_shared()
         if world.is_main:
-            notes = [*writer.notes(), *cascade.notes, *plan.notes(), *request.notes]
+            notes = [*writer.notes(), *cascade.notes, *request.notes]
             print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
         with writer.session(world.rank):
             share = draw_share(

@@ -25,7 +25,7 @@ from diff_dalle.sampling_io.store import read_pictures
 
 ROOT = Path(__file__).parent.parent
 TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
-FEW = ["--timestep_respacing", "2", "--device", "cpu"]
+FEW = ["--steps", "2", "--device", "cpu"]
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star"]
 
 
@@ -130,7 +130,9 @@ def test_the_manifest_tells_how_to_draw_each_picture_again(
         seed=manifest["seed"],
         guidance_scale=[stage["guidance_scale"] for stage in manifest["stages"]],
         classifier_scale=[stage["classifier_scale"] for stage in manifest["stages"]],
+        sampler=[stage["sampler"] for stage in manifest["stages"]],
         steps=[stage["timestep_respacing"] for stage in manifest["stages"]],
+        step_spacing=[stage["step_spacing"] for stage in manifest["stages"]],
         rerank=manifest["rerank"],
         batch_size=manifest["batch_size"],
     )

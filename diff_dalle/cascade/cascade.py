@@ -162,10 +162,15 @@ class Cascade:
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
         classifier_scale: PerStage = 1.0,
+        sampler: str | Sequence[str] = AUTO,
         steps: PerStage = AUTO,
+        step_spacing: str | Sequence[str] = AUTO,
         use_ddim: bool = False,
         ddim_eta: float = 0.0,
         clip_denoised: bool = True,
+        threshold: str = AUTO,
+        threshold_percentile: float = 0.995,
+        threshold_max: float = 0.0,
         aug_level: PerStage = 0.0,
         rerank: int = 1,
         batch_size: int = 4,
@@ -179,10 +184,15 @@ class Cascade:
             seed: of all noise.
             guidance_scale: of classifier-free guidance; 1 is none.
             classifier_scale: of the noised CLIP's gradient; 0 is none.
-            steps: as the flag ``--timestep_respacing``: 250, "ddim25", "auto", ...
-            use_ddim: DDIM instead of DDPM.
+            sampler: a name of `SAMPLERS`, or "auto".
+            steps: as the flag ``--steps``: 20, "ddim25", "smart50", "auto", ...
+            step_spacing: how a number of steps is spread: a name of `SPACINGS`, or "auto".
+            use_ddim: the older spelling of DDIM, with evenly spaced steps.
             ddim_eta: DDIM's randomness, 0 to 1.
             clip_denoised: keep estimates of x_0 within [-1, 1].
+            threshold: how, a name of `THRESHOLDS`; "auto" is as ``clip_denoised`` says.
+            threshold_percentile: of the dynamic threshold, in (0, 1].
+            threshold_max: its bound, 1 or more; 0 is none.
             aug_level: noise on each upsampler's small picture, 0 to 1.
             rerank: candidates a prompt, of which the first stage's noised CLIP chooses.
             batch_size: pictures drawn at once.
@@ -195,10 +205,15 @@ class Cascade:
             seed=seed,
             guidance_scale=_texts(guidance_scale),
             classifier_scale=_texts(classifier_scale),
-            timestep_respacing=_texts(steps),
+            sampler=_texts(sampler),
+            steps=_texts(steps),
+            step_spacing=_texts(step_spacing),
             use_ddim=use_ddim,
             ddim_eta=ddim_eta,
             clip_denoised=clip_denoised,
+            threshold=threshold,
+            threshold_percentile=threshold_percentile,
+            threshold_max=threshold_max,
             aug_level=_texts(aug_level),
             rerank=rerank,
             batch_size=batch_size,
@@ -215,7 +230,9 @@ class Cascade:
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
         classifier_scale: PerStage = 1.0,
+        sampler: str | Sequence[str] = AUTO,
         steps: PerStage = AUTO,
+        step_spacing: str | Sequence[str] = AUTO,
         use_ddim: bool = False,
         low_res: Pictures | None = None,
     ) -> Iterator[Preview]:
@@ -227,7 +244,9 @@ class Cascade:
             seed=seed,
             guidance_scale=_texts(guidance_scale),
             classifier_scale=_texts(classifier_scale),
-            timestep_respacing=_texts(steps),
+            sampler=_texts(sampler),
+            steps=_texts(steps),
+            step_spacing=_texts(step_spacing),
             use_ddim=use_ddim,
         )
         prompts, plan = self._ready(prompts, cfg, low_res)
@@ -355,7 +374,7 @@ class Cascade:
             )
         plan = self.plan(cfg, low_res)
         cut = self.describe_cut([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)])
-        for line in [*cut, *plan.notes()]:
+        for line in cut:
             warnings.warn(line, stacklevel=3)
         return texts, plan
 

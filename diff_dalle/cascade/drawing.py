@@ -137,7 +137,7 @@ class Drawing:
         if stage.guide is None or plan.classifier_scale == 0:
             return None
         clip, clip_process = stage.guide.loaded.clip, stage.guide.loaded.diffusion
-        process = stage.loaded.diffusion.respace(plan.settings.timestep_respacing)
+        process = plan.settings.respace(stage.loaded.diffusion)
         to_model_time = time_of_other_process(process, clip_process)
 
         def encode_image(x_t: Tensor, time: Tensor) -> Tensor:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from diff_dalle.cascade.stages import Stage
+from diff_dalle.cascade.steps import Steps, choose_steps_of
 from diff_dalle.errors import UsageError
-from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage, resolve_respacing
+from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage
 from diff_dalle.training.stage import StageSettings
 
 
@@ -44,18 +45,9 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Network steps that one picture takes, over all stages and candidates."""
+        """Steps that one picture takes, over all stages and candidates."""
         counts = [stage.steps for stage in self.stages]
         return sum(counts) + (self.rerank - 1) * sum(counts[: self.rerank_stage + 1])
-
-    def notes(self) -> list[str]:
-        """What the user should know of these settings."""
-        if not any(part.settings.use_ddim and part.classifier_scale for part in self.stages):
-            return []
-        return [
-            "--use_ddim True beside a CLIP: its gradient leads DDIM far off where noise is near "
-            "total and can ruin a picture even at scale 1; DDPM follows it well"
-        ]
 
 
 def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> Plan:
@@ -69,26 +61,26 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
         UsageError: a setting that these stages cannot follow.
     """
     _check_start(stages[0], low_res)
-    count = len(stages)
-    respacings = per_stage(cfg.resolved_respacing, count, "timestep_respacing")
+    count, steps = len(stages), choose_steps_of(stages, cfg)
     guidance = per_stage(numbers(cfg.guidance_scale, "guidance_scale"), count, "guidance_scale")
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
     scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
-    _check_unread(stages, scales, levels, cfg)
+    _check_unread(stages, scales, levels, steps, cfg)
     plans = []
     for number, stage in enumerate(stages):
         settings = StageSettings(
-            timestep_respacing=_respacing(respacings[number], stage),
-            use_ddim=cfg.use_ddim,
-            ddim_eta=cfg.ddim_eta,
-            clip_denoised=cfg.clip_denoised,
+            **asdict(steps[number]),
+            ddim_eta=cfg.ddim_eta if steps[number].sampler == "ddim" else 0.0,
+            threshold=cfg.resolved_threshold,
+            threshold_percentile=cfg.threshold_percentile,
+            threshold_max=cfg.threshold_max,
             guidance_scale=guidance[number],
             aug_level=levels[number] if stage.small_size else 0.0,
         )
         _check_stage(stage, settings)
-        steps = stage.loaded.diffusion.respace(settings.timestep_respacing).num_steps
         scale = scales[number] if stage.guide else 0.0
-        plans.append(StagePlan(settings=settings, steps=steps, classifier_scale=scale))
+        visited = settings.respace(stage.loaded.diffusion).num_steps
+        plans.append(StagePlan(settings=settings, steps=visited, classifier_scale=scale))
     return Plan(
         seed=cfg.seed,
         stages=tuple(plans),
@@ -98,7 +90,11 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
 
 
 def _check_unread(
-    stages: Sequence[Stage], scales: Sequence[float], levels: Sequence[float], cfg: SampleConfig
+    stages: Sequence[Stage],
+    scales: Sequence[float],
+    levels: Sequence[float],
+    steps: Sequence[Steps],
+    cfg: SampleConfig,
 ) -> None:
     """Refuse settings that nothing would read: a value for all stages needs one that reads it."""
     one_for_all = len(cfg.classifier_scale) == 1 and any(stage.guide for stage in stages)
@@ -115,8 +111,10 @@ def _check_unread(
                 f"--aug_level is {level:g}, but {stage.path} is a base model, which has no small "
                 "picture to put noise on: give 0"
             )
-    if cfg.ddim_eta and not cfg.use_ddim:
-        raise UsageError(f"--ddim_eta is {cfg.ddim_eta:g}: it needs --use_ddim True")
+    if cfg.ddim_eta and not any(part.sampler == "ddim" for part in steps):
+        raise UsageError(
+            f"--ddim_eta is {cfg.ddim_eta:g}: it needs --use_ddim True, or --sampler ddim"
+        )
 
 
 def _check_start(first: Stage, low_res: bool) -> None:
@@ -152,11 +150,3 @@ def _rerank_stage(stages: Sequence[Stage], rerank: int) -> int:
     if rerank > 1:
         raise UsageError(f"--rerank is {rerank}: name the CLIP that chooses, --classifier_path")
     return 0
-
-
-def _respacing(text: str, stage: Stage) -> str:
-    return resolve_respacing(
-        text,
-        upsampler=stage.small_size > 0,
-        diffusion_steps=stage.loaded.diffusion.num_steps,
-    )

@@ -115,7 +115,7 @@ def manifest_of(
     return {
         **_facts(cascade, plan, cfg),
         "batch_size": cfg.batch_size,
-        "notes": [*cascade.notes, *plan.notes(), *request.notes],
+        "notes": [*cascade.notes, *request.notes],
         "images": images,
     }
 

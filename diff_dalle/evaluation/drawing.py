@@ -29,8 +29,11 @@ class DrawingConfig:
     guidance_scale: list[str] = knob(
         ["1.0"], "strength of classifier-free guidance, one a stage; 1 is none"
     )
+    sampler: list[str] = knob([AUTO], "the sampler, one a stage, as for sample.py")
+    steps: list[str] = knob([], "how many steps, or which, one a stage, as for sample.py")
+    step_spacing: list[str] = knob([AUTO], "how steps are spread, one a stage, as for sample.py")
     timestep_respacing: list[str] = knob([AUTO], "steps to visit, one a stage, as for sample.py")
-    use_ddim: bool = knob(False, "DDIM instead of DDPM")
+    use_ddim: bool = knob(False, "DDIM, evenly spaced: as for sample.py")
     aug_level: list[str] = knob(["0.0"], "noise put on each upsampler's small picture, 0 to 1")
     num_samples: int = knob(256, "pictures to measure")
     batch_size: int = knob(16, "pictures drawn at once; changes memory and speed only")
@@ -88,6 +91,9 @@ class Drawer:
                 seed=seed,
                 classifier_scale=[str(classifier_scale)],
                 guidance_scale=cfg.guidance_scale,
+                sampler=cfg.sampler,
+                steps=cfg.steps,
+                step_spacing=cfg.step_spacing,
                 timestep_respacing=cfg.timestep_respacing,
                 use_ddim=cfg.use_ddim,
                 aug_level=cfg.aug_level,
@@ -98,7 +104,7 @@ class Drawer:
         cut = self.cascade.describe_cut(
             [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
         )
-        self._tell([*self.cascade.notes, *plan.notes(), *cut])
+        self._tell([*self.cascade.notes, *cut])
         results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"
         with tqdm(total=len(prompts), desc=name, unit="img") as bar:

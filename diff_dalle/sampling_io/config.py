@@ -12,10 +12,6 @@ from diff_dalle.knobs import AUTO, knob, require, require_choice
 
 Value = TypeVar("Value")
 
-# Few steps are enough where a small picture already fixes the composition; the numbers are
-# those of GLIDE (Nichol et al. 2021): 100 steps for the base model and 27 for the upsampler.
-BASE_STEPS, UPSAMPLER_STEPS = 100, 27
-
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
@@ -44,13 +40,26 @@ class SampleConfig:
         0, "number of images; the prompts repeat in order (0: one image a prompt)"
     )
     batch_size: int = knob(4, "images sampled at once on each rank; changes memory and speed only")
-    timestep_respacing: list[str] = knob(
-        [AUTO], "steps to visit, one a stage: 250, ddim25, 10,15,20 or auto (100, then 27)"
+    sampler: list[str] = knob(
+        [AUTO], "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, heun or auto (dpmpp_2m), one a stage"
     )
-    steps: list[str] = knob([], "another spelling of --timestep_respacing")
-    use_ddim: bool = knob(False, "DDIM instead of DDPM")
+    steps: list[str] = knob(
+        [], "steps to visit, one a stage: 20, ddim25, 10,15,20, smart50 or auto (20, 12, then 6)"
+    )
+    step_spacing: list[str] = knob(
+        [AUTO], "how a number of steps is spread: uniform, quadratic, karras, logsnr or auto"
+    )
+    timestep_respacing: list[str] = knob(
+        [AUTO], "--steps, but evenly spread and, without --sampler, by DDPM: 250, ddim25, 10,15,20"
+    )
+    use_ddim: bool = knob(False, "DDIM, evenly spread: the older spelling of --sampler ddim")
     ddim_eta: float = knob(0.0, "randomness of DDIM, from 0 (none) to 1")
     clip_denoised: bool = knob(True, "keep each estimate of the picture within [-1, 1]")
+    threshold: str = knob(
+        AUTO, "how: none, static, dynamic or auto (static, or none without --clip_denoised)"
+    )
+    threshold_percentile: float = knob(0.995, "share of values that --threshold dynamic keeps")
+    threshold_max: float = knob(0.0, "largest value it scales down, 1 or more (0: any)")
     aug_level: list[str] = knob(
         ["0.0"], "noise put on each upsampler's small picture, from 0 to 1, one a stage"
     )
@@ -87,12 +96,31 @@ class SampleConfig:
         )
         twice = bool(self.steps) and self.timestep_respacing != [AUTO]
         require(not twice, "steps", self.steps, "stand without --timestep_respacing")
+        self._check_threshold()
         numbers(self.classifier_scale, "classifier_scale")
         numbers(self.guidance_scale, "guidance_scale")
         levels = numbers(self.aug_level, "aug_level")
         require(
             all(0 <= level <= 1 for level in levels), "aug_level", levels, "lie between 0 and 1"
         )
+
+    def _check_threshold(self) -> None:
+        require_choice("threshold", self.threshold, (AUTO, "none", "static", "dynamic"))
+        share, most = self.threshold_percentile, self.threshold_max
+        require(0 < share <= 1, "threshold_percentile", share, "lie above 0, and be 1 or less")
+        require(most == 0 or most >= 1, "threshold_max", most, "be 0 (no bound), or 1 or more")
+        clips = self.clip_denoised or self.threshold in (AUTO, "none")
+        require(clips, "threshold", self.threshold, "be left out beside --clip_denoised False")
+        for name, value, default in (("percentile", share, 0.995), ("max", most, 0.0)):
+            read = value == default or self.threshold == "dynamic"
+            require(read, f"threshold_{name}", value, "stand beside --threshold dynamic")
+
+    @property
+    def resolved_threshold(self) -> str:
+        """What keeps estimates in range, whichever of the two flags said so."""
+        if self.threshold != AUTO:
+            return self.threshold
+        return "static" if self.clip_denoised else "none"
 
     @property
     def resolved_respacing(self) -> list[str]:
@@ -138,17 +166,6 @@ def per_stage(values: Sequence[Value], stages: int, name: str) -> list[Value]:
             f"{'stage' if stages == 1 else 'stages'}: give one a stage, or one for all"
         )
     return list(values) * (stages if len(values) == 1 else 1)
-
-
-def resolve_respacing(text: str, *, upsampler: bool, diffusion_steps: int) -> str:
-    """The steps to visit, with ``auto`` replaced by the default for the kind of stage.
-
-    >>> resolve_respacing("auto", upsampler=True, diffusion_steps=1000)
-    '27'
-    """
-    if text != AUTO:
-        return text
-    return str(min(UPSAMPLER_STEPS if upsampler else BASE_STEPS, diffusion_steps))
 
 
 def split_paths(paths: Sequence[str], exists: Callable[[str], bool]) -> list[str]:

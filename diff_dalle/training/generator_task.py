@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from diff_dalle.data.batch import Batch
+from diff_dalle.diffusion.defaults import BEST_SPACING, FAST_SAMPLER, default_steps
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig, LossTerms, training_losses
 from diff_dalle.diffusion.timesteps import (
@@ -33,8 +34,6 @@ from diff_dalle.training.metrics import QUARTILES, Meter
 from diff_dalle.training.precision import Precision
 from diff_dalle.training.stage import StageSettings, from_uint8, sample_stage, to_uint8
 from diff_dalle.training.tasks import PreviewFrom, StepContext
-
-PREVIEW_STEPS = 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +243,7 @@ class GeneratorTask:
         meter.add("val_caption_wins", (gain > 0).double(), comparable)
 
     def preview(self, batch: Batch, keys: Tensor, name: str) -> dict[str, Tensor]:
-        """Samples by 25 steps of DDIM, below the small pictures of an upsampler; see `Task`."""
+        """Samples by the default sampler, below the small pictures of an upsampler; see `Task`."""
         cond, size, rows = Cond(), self._image_size, {}
         if self.model.cfg.cond_text:
             cond = Cond(tokens=batch.tokens, mask=batch.mask)
@@ -252,8 +251,17 @@ class GeneratorTask:
             low_res = downsample(from_uint8(batch.image, self._dtype), self.model.cfg.small_size)
             cond = replace(cond, low_res=low_res)
             rows["input"] = to_uint8(F.interpolate(low_res, (size, size), mode="nearest"))
-        steps = min(PREVIEW_STEPS, self._diffusion.num_steps)
-        settings = StageSettings(timestep_respacing=str(steps), use_ddim=True)
+        steps = default_steps(
+            FAST_SAMPLER,
+            image_size=size,
+            upsampler=self.model.cfg.small_size > 0,
+            num_steps=self._diffusion.num_steps,
+        )
+        settings = StageSettings(
+            sampler=FAST_SAMPLER,
+            timestep_respacing=str(steps),
+            step_spacing=BEST_SPACING[FAST_SAMPLER],
+        )
         with self.precision.autocast():
             rows[name] = sample_stage(
                 self.model, self._diffusion, cond, keys, image_size=size, settings=settings

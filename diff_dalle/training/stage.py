@@ -7,6 +7,7 @@ a user would get. B batch, C channels, H W pixels, L tokens, D width.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from diff_dalle import keyed_noise
-from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
 from diff_dalle.diffusion.guidance import classifier_free
 from diff_dalle.diffusion.samplers import SAMPLERS
+from diff_dalle.diffusion.thresholding import make_clip
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment
@@ -30,25 +32,34 @@ class StageSettings:
     """How one stage is sampled; the fields carry the names of the flags.
 
     Attributes:
+        sampler: a name of `SAMPLERS`.
         timestep_respacing: which steps of the process to visit; see `space_timesteps`.
-        use_ddim: DDIM (Song et al. 2021) in place of ancestral DDPM sampling.
+        step_spacing: how a number of steps is spread, a name of `SPACINGS`.
         ddim_eta: DDIM's stochasticity, 0 (deterministic) to 1.
-        clip_denoised: clip each estimate of x_0 to [-1, 1].
+        threshold: what keeps each estimate of x_0 in range, a name of `THRESHOLDS`.
+        threshold_percentile: see `dynamic_threshold`.
+        threshold_max: see `dynamic_threshold`; 0 is no bound.
         guidance_scale: classifier-free guidance (Ho and Salimans 2022); 1 is none.
         aug_level: noise level in [0, 1] put on the low-resolution input.
     """
 
+    sampler: str = "ddpm"
     timestep_respacing: str = ""
-    use_ddim: bool = False
+    step_spacing: str = "uniform"
     ddim_eta: float = 0.0
-    clip_denoised: bool = True
+    threshold: str = "static"
+    threshold_percentile: float = 0.995
+    threshold_max: float = 0.0
     guidance_scale: float = 1.0
     aug_level: float = 0.0
 
-    @property
-    def sampler(self) -> str:
-        """The sampler's name in `SAMPLERS`."""
-        return "ddim" if self.use_ddim else "ddpm"
+    def respace(self, diffusion: GaussianDiffusion) -> GaussianDiffusion:
+        """The process over the steps that are visited."""
+        return diffusion.respace(self.timestep_respacing, self.step_spacing)
+
+    def clip(self) -> Clip:
+        """What happens to each estimate of x_0."""
+        return make_clip(self.threshold, self.threshold_percentile, self.threshold_max or math.inf)
 
 
 def sample_stage(
@@ -73,14 +84,14 @@ def sample_stage(
         image_size: H = W of the picture, in pixels.
         settings: how to sample.
         guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
-            the steps of the *respaced* process (``diffusion.respace(...)``).
+            the steps of the *respaced* process (`StageSettings.respace`).
         callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
     Returns:
         uint8 [B,3,H,W].
     Raises:
         UsageError: guidance without captions to drop.
     """
-    diffusion = diffusion.respace(settings.timestep_respacing)
+    diffusion = settings.respace(diffusion)
     dtype = next(generator.parameters()).dtype
 
     def noise(stream: int, shape: tuple[int, ...]) -> Tensor:
@@ -97,7 +108,7 @@ def sample_stage(
             diffusion,
             noise=step_noise,
             guide=guide,
-            clip=settings.clip_denoised,
+            clip=settings.clip(),
             callback=callback,
             eta=settings.ddim_eta,
         )

@@ -53,7 +53,7 @@ def test_neither_batch_size_nor_ranks_decide_what_is_drawn(guided: Cascade) -> N
         batched = guided.sample(PROMPTS, batch_size=batch_size, **options).stages
         for alone, together in zip(one_by_one, batched, strict=True):
             assert largest_difference(alone, together) <= 1
-    cfg = SampleConfig(seed=5, timestep_respacing=[str(STEPS)], guidance_scale=["2.0"])
+    cfg = SampleConfig(seed=5, steps=[str(STEPS)], guidance_scale=["2.0"])
     plan = guided.plan(cfg)
     share = guided.draw(plan, [1, 3], [PROMPTS[1], PROMPTS[3]])  # rank 1 of 2
     assert largest_difference(share.stages[2], one_by_one[2][[1, 3]]) <= 1

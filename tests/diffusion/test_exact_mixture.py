@@ -27,8 +27,8 @@ WEIGHTS = torch.tensor([0.35, 0.65], dtype=torch.float64)
 MEANS = torch.tensor([-0.6, 0.5], dtype=torch.float64)
 STDS = torch.tensor([0.15, 0.2], dtype=torch.float64)
 BOTH = (0, 1)
-# Of the error in the step size; a new sampler: at least 1. UniPC-2 has 3 with its corrector (Zhao et
-# al. 2023, theorem 3.1); that of the SDE is of the mean and of the variance.
+# Of the error in the step size; a new sampler: at least 1. UniPC-2 has 3 with its corrector (Zhao
+# et al. 2023, theorem 3.1); that of the SDE is of the mean and of the variance.
 ORDERS = {"ddpm": 1, "ddim": 1, "dpmpp_2m": 2, "dpmpp_2m_sde": 2, "heun": 2, "unipc": 3}
 COUNT = 8_000
 
