@@ -147,7 +147,7 @@ def test_what_decides_the_pictures_decides_the_folder(
 def test_shares_of_more_ranks_than_pictures(folder: Path, tmp_path: Path) -> None:
     """Ranks 0 … 4 for 3 pictures: two of them have nothing to do."""
     cascade = Cascade.load(str(folder / "base.pt"))
-    cfg = share.SampleConfig(prompts=PROMPTS, timestep_respacing=["2"])
+    cfg = share.SampleConfig(prompts=PROMPTS, steps=["2"])
     request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
     writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
     kept: dict[int, int] = {}

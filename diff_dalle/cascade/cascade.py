@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.plan import Plan, make_plan
+from diff_dalle.cascade.result import CascadeResult, Preview
 from diff_dalle.cascade.stages import Stage, load_stages
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
@@ -32,52 +32,6 @@ from diff_dalle.training.stage import to_uint8
 PerStage = str | float | Sequence[str | float]
 """One value for all stages, or one a stage."""
 StrPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CascadeResult:
-    """Pictures of N prompts.
-
-    Attributes:
-        stages: uint8 [N,H,W,3] for each stage, smallest first.
-        candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
-    """
-
-    stages: list[Pictures]
-    candidates: list[int]
-
-    @classmethod
-    def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
-        """The pictures of several results of the same cascade, in order."""
-        return cls(
-            stages=[
-                np.concatenate(stage)
-                for stage in zip(*(result.stages for result in results), strict=True)
-            ],
-            candidates=[candidate for result in results for candidate in result.candidates],
-        )
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures of the last stage."""
-        return [Image.fromarray(picture) for picture in self.stages[-1]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """What the pictures look like on the way.
-
-    Attributes:
-        stage: number of the stage, from 0.
-        step: steps done in it, from 1; after the last one the images are the stage's result.
-        steps: steps that the stage takes.
-        images: one picture a prompt, the current estimate of x_0.
-    """
-
-    stage: int
-    step: int
-    steps: int
-    images: list[Image.Image]
 
 
 class Cascade:

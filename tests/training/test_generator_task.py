@@ -1,5 +1,7 @@
 """The generator's loss and its gradients, against sums written out by hand."""
 
+from typing import Any
+
 import pytest
 import torch
 from loop_tiny import (
@@ -24,8 +26,10 @@ from diff_dalle.models.low_res import downsample
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
 from diff_dalle.training import draws
+from diff_dalle.training import generator_task as task_module
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig, random_crop
 from diff_dalle.training.metrics import Meter
+from diff_dalle.training.stage import StageSettings, sample_stage
 from diff_dalle.training.tasks import StepContext
 
 CPU = torch.device("cpu")
@@ -298,6 +302,20 @@ def test_an_evaluation_weighs_every_sample_once() -> None:
     whole = task.evaluate([batch_of(range(6))])
     pieces = task.evaluate([batch_of([0, 1, 2, 3]), batch_of([4, 5, 90, 91], bad=[90, 91])])
     assert pieces["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-12)
+
+
+def test_previews_are_drawn_as_sampling_is_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[StageSettings] = []
+
+    def spy(*args: Any, settings: StageSettings, **options: Any) -> Tensor:
+        seen.append(settings)
+        return sample_stage(*args, settings=settings, **options)
+
+    monkeypatch.setattr(task_module, "sample_stage", spy)
+    generator_task(tiny_generator(awake=True)).preview(batch_of(range(1)), torch.tensor([1]), "x")
+    (settings,) = seen
+    assert (settings.sampler, settings.step_spacing) == ("dpmpp_2m", "logsnr")
+    assert settings.timestep_respacing == str(min(20, STEPS))
 
 
 def test_previews_show_what_an_upsampler_was_given() -> None:

@@ -1,0 +1,57 @@
+"""What a cascade hands back: finished pictures, and pictures on their way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from diff_dalle.sampling_io.store import Pictures
+
+
+@dataclass(frozen=True, kw_only=True)
+class CascadeResult:
+    """Pictures of N prompts.
+
+    Attributes:
+        stages: uint8 [N,H,W,3] for each stage, smallest first.
+        candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
+    """
+
+    stages: list[Pictures]
+    candidates: list[int]
+
+    @classmethod
+    def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
+        """The pictures of several results of the same cascade, in order."""
+        return cls(
+            stages=[
+                np.concatenate(stage)
+                for stage in zip(*(result.stages for result in results), strict=True)
+            ],
+            candidates=[candidate for result in results for candidate in result.candidates],
+        )
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """The pictures of the last stage."""
+        return [Image.fromarray(picture) for picture in self.stages[-1]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What the pictures look like on the way.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        step: steps done in it, from 1; after the last one the images are the stage's result.
+        steps: steps that the stage takes.
+        images: one picture a prompt, the current estimate of x_0.
+    """
+
+    stage: int
+    step: int
+    steps: int
+    images: list[Image.Image]
