@@ -6,6 +6,7 @@ Steps count from 0, the least noisy one, and are returned in rising order.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import torch
@@ -44,7 +45,7 @@ def choose_steps(alpha_bar: Tensor, spec: str, spacing: str = "uniform") -> list
     Raises:
         UsageError: the text means nothing, or so many steps do not exist.
     """
-    require_choice("step_spacing", spacing, SPACINGS)
+    require_choice("step_spacing", spacing, list(SPACINGS))
     if spacing == "uniform":
         return space_timesteps(len(alpha_bar), spec)
     if not names_count(spec):
@@ -134,8 +135,8 @@ def _karras(alpha_bar: Tensor, count: int) -> list[int]:
     """Even in sigma^(1/7), sigma = sqrt((1 - alpha_bar) / alpha_bar) (Karras et al., eq. 5)."""
 
     def even(first: float, last: float, count: int) -> Tensor:
-        ends = torch.tensor([first, last], dtype=torch.float64).neg().exp() ** (1 / RHO)
-        return -RHO * torch.linspace(*ends.tolist(), count, dtype=torch.float64).log()
+        start, end = math.exp(-first / RHO), math.exp(-last / RHO)
+        return -RHO * torch.linspace(start, end, count, dtype=torch.float64).log()
 
     return _by_noise(alpha_bar, count, even)
 
