@@ -30,7 +30,7 @@ generator --preset tiny-1024 "${LARGE[@]}" --log_dir "$RUNS/up1024" --batch_size
 echo; echo "== sample"
 mpiexec -n "$RANKS" python scripts/sample.py --model_path "$RUNS" \
     --classifier_path "$RUNS/clip/best.pt" --classifier_scale 1.0 --guidance_scale 2 1 1 \
-    --steps 50 12 6 --grid_size 2048 --log_dir runs/demo/samples --prompts \
+    --grid_size 2048 --log_dir runs/demo/samples --prompts \
     "a large red circle in the centre of a white background" "하늘색 배경의 큰 노란 별" \
     "a small green square left of a large purple circle" "a large orange cross on a navy background"
 echo; echo "the pictures: open $(ls -t runs/demo/samples/grid*.jpg | head -n 1)"

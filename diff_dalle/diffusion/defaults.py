@@ -9,7 +9,7 @@ from diff_dalle.diffusion.samplers import SAMPLERS
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import nearest
 
-FAST_SAMPLER = "dpmpp_2m"
+FAST_SAMPLER = "unipc"
 # Those that draw noise were measured on known densities alone, the others on a trained model too.
 BEST_SPACING = {name: "logsnr" for name in SAMPLERS} | {
     "ddpm": "quadratic",

@@ -41,7 +41,7 @@ class SampleConfig:
     )
     batch_size: int = knob(4, "images sampled at once on each rank; changes memory and speed only")
     sampler: list[str] = knob(
-        [AUTO], "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, heun or auto (dpmpp_2m), one a stage"
+        [AUTO], "ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, unipc, heun or auto (unipc), one a stage"
     )
     steps: list[str] = knob(
         [], "steps to visit, one a stage: 20, ddim25, 10,15,20, smart50 or auto (20, 12, then 6)"

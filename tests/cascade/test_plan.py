@@ -97,11 +97,11 @@ def chosen(cascade: Cascade, **flags: Any) -> list[tuple[str, str, str]]:
 
 
 def test_without_a_flag_the_fast_sampler_takes_few_steps(cascade: Cascade) -> None:
-    assert chosen(cascade) == [("dpmpp_2m", n, "logsnr") for n in ("20", "12", "12")]
+    assert chosen(cascade) == [("unipc", n, "logsnr") for n in ("20", "12", "12")]
     plan = cascade.plan(SampleConfig())
     assert [stage.steps for stage in plan.stages] == [20, 12, 12] and plan.steps == 44
     assert chosen(cascade, steps=["9", "auto", "3"]) == [
-        ("dpmpp_2m", n, "logsnr") for n in ("9", "12", "3")
+        ("unipc", n, "logsnr") for n in ("9", "12", "3")
     ]
 
 

@@ -314,7 +314,7 @@ def test_previews_are_drawn_as_sampling_is_by_default(monkeypatch: pytest.Monkey
     monkeypatch.setattr(task_module, "sample_stage", spy)
     generator_task(tiny_generator(awake=True)).preview(batch_of(range(1)), torch.tensor([1]), "x")
     (settings,) = seen
-    assert (settings.sampler, settings.step_spacing) == ("dpmpp_2m", "logsnr")
+    assert (settings.sampler, settings.step_spacing) == ("unipc", "logsnr")
     assert settings.timestep_respacing == str(min(20, STEPS))
 
 
