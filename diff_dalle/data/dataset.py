@@ -16,7 +16,14 @@ from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
 from diff_dalle.data.images import Crop, Pixels, decode
 from diff_dalle.data.mixture import Mixture
-from diff_dalle.data.order import BLOCK_SAMPLES, ORDER_VERSION, Order, first_samples, spread
+from diff_dalle.data.order import (
+    BLOCK_SAMPLES,
+    ORDER_VERSION,
+    Need,
+    Order,
+    first_samples,
+    spread,
+)
 from diff_dalle.data.shard_index import Entry
 from diff_dalle.data.shard_reader import Shard, ShardReader
 from diff_dalle.data.shards import ShardFile
@@ -88,6 +95,7 @@ class Dataset:
         bad: (shard, "", reason) of every shard that may lack samples.
         sources: name -> weight (0 for the one pool of entries without) and how many of the
             shards, in their order, are its own.
+        remote: whether some shards are remote.
     """
 
     def __init__(
@@ -108,6 +116,7 @@ class Dataset:
         self.counts = first_samples([shard.summary.samples for shard in shards], limit)
         self.bad = [(s.file.path, "", s.summary.fault) for s in shards if s.summary.fault]
         self.sources = dict(sources or {"": (0.0, len(self.shards))})
+        self.remote = any(shard.file.cache is not None for shard in self.shards)
         self._ends = np.cumsum(self.counts)
         self._reader = ShardReader(self.shards)
 
@@ -129,6 +138,10 @@ class Dataset:
         sizes = [max(sum(counts), 1) for counts in self._counts_by_source()]
         visits = zip(self.sources, order.visits(position), sizes, strict=True)
         return {f"epoch_{name}": count / size for name, count, size in visits}
+
+    def expect(self, needs: Sequence[Need]) -> None:
+        """Fetch the remote shards that are read next; see `ShardReader.expect`."""
+        self._reader.expect(needs)
 
     def entry(self, sample: int) -> tuple[ShardFile, Entry]:
         """The shard of a sample, and where in it the sample's members lie.

@@ -123,7 +123,14 @@ def train_batches(
         num_workers: processes that decode; the dataset's configuration by default.
     """
     order = dataset.order()
-    visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=True)
+    visits = Visits(
+        dataset,
+        order,
+        tokenizer=tokenizer,
+        text_length=text_length,
+        training=True,
+        blocks=order if dataset.remote else None,
+    )
     positions = rank_batches(start_sample, batch_size, rank, world)
     return map(Arrays.to_batch, load(visits, positions, _workers(dataset, num_workers)))
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import itertools
 import os
 import pickle
-import threading
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
@@ -25,59 +23,12 @@ from diff_dalle.errors import UsageError
 CONTENT = bytes(range(256)) * 2000
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; the first requests of a URL meet the faults in `faults`."""
-
-    files: dict[str, bytes]
-    faults: dict[str, list[str]]
-    asked: list[str]
-    address: str
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
-        faults = self.faults.get(self.path, [])
-        fault = faults.pop(0) if faults else ""
-        if self.path not in self.files or fault.isdigit():
-            self.send_error(int(fault or 404))
-            return
-        content, status = self.files[self.path], 200
-        wanted = self.headers.get("Range")
-        if wanted and fault != "no ranges":
-            content, status = content[int(wanted[6:-1]) :], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", str(hash(self.files[self.path])))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[: len(content) // 2] if fault == "break" else content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
-    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.0)
-    handler = type("Handler", (Server,), {"files": {}, "faults": {}, "asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        handler.address = f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield handler
-        running.shutdown()
-
-
 def read(descriptor: int) -> bytes:
     with os.fdopen(descriptor, "rb") as file:
         return file.read()
 
 
-def test_what_is_served_is_what_is_read(server: type[Server], tmp_path: Path) -> None:
+def test_what_is_served_is_what_is_read(server: Any, tmp_path: Path) -> None:
     server.files["/a.tar"] = CONTENT
     url = f"{server.address}/a.tar"
     known = remote.stat(url)
@@ -93,7 +44,7 @@ def test_what_is_served_is_what_is_read(server: type[Server], tmp_path: Path) ->
     "faults", [["503"], ["break"], ["break", "500", "break"], ["break", "no ranges"]]
 )
 def test_transfers_that_break_are_taken_up_again(
-    server: type[Server], tmp_path: Path, faults: list[str]
+    server: Any, tmp_path: Path, faults: list[str]
 ) -> None:
     server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
     known = remote.stat(url)
@@ -103,7 +54,7 @@ def test_transfers_that_break_are_taken_up_again(
     assert len(ranged) == sum("break" in fault for fault in faults) + ("500" in faults)
 
 
-def test_what_cannot_be_had_is_said_in_one_line(server: type[Server], tmp_path: Path) -> None:
+def test_what_cannot_be_had_is_said_in_one_line(server: Any, tmp_path: Path) -> None:
     address = server.address
     server.files["/a.tar"] = CONTENT
     server.faults["/a.tar"] = ["500"] * remote.ATTEMPTS
@@ -124,7 +75,7 @@ def test_what_cannot_be_had_is_said_in_one_line(server: type[Server], tmp_path: 
 
 
 def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
-    server: type[Server], tmp_path: Path
+    server: Any, tmp_path: Path
 ) -> None:
     urls = []
     for name in "abc":
@@ -148,7 +99,7 @@ def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
         ShardCache(tmp_path, 10).open(urls[0], FileStat(known[0].size, 1))
 
 
-def test_a_download_that_was_killed_is_gone_on_with(server: type[Server], tmp_path: Path) -> None:
+def test_a_download_that_was_killed_is_gone_on_with(server: Any, tmp_path: Path) -> None:
     server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
     known = remote.stat(url)
     cache = ShardCache(tmp_path, 10**7)
@@ -184,13 +135,6 @@ def test_blobfile_reads_what_it_knows(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == CONTENT[100:]
 
 
-def served(server: type[Server], folder: Path) -> None:
-    """The files of a folder, below the address of the server."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            server.files[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
-
-
 def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list[object]:
     cfg = DataConfig(data_dir=data_dir, cache_dir=str(cache), cache_gb=gib, num_workers=workers)
     dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
@@ -205,7 +149,7 @@ def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_remote_shards_train_as_local_ones_do(
-    server: type[Server],
+    server: Any,
     tmp_path: Path,
     pack_many,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +163,7 @@ def test_remote_shards_train_as_local_ones_do(
     if not indexed:
         for path in local.glob("*.index"):
             path.unlink()
-    served(server, local)
+    server.serve(local)
     room = max(path.stat().st_size for path in local.glob("*.tar")) * 2 / 2**30
     for _ in range(2):
         found = read_run(
@@ -234,11 +178,11 @@ def test_remote_shards_train_as_local_ones_do(
 
 
 def test_a_shard_that_goes_away_makes_bad_samples(
-    server: type[Server], tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     pack_many(tmp_path / "local", [6, 9])
-    served(server, tmp_path / "local")
+    server.serve(tmp_path / "local")
     cfg = DataConfig(
         data_dir=[f"{server.address}/{{00000..00001}}.tar"],
         cache_dir=str(tmp_path / "cache"),
