@@ -102,12 +102,27 @@ class ShardCache:
             os.close(self._download(url, known, path))
         self._make_room(0)
 
+    def copy(self, url: str) -> Path | None:
+        """The local copy of a small file, which is never removed; None if there is no such file.
+
+        Raises:
+            UsageError: its store cannot be reached.
+        """
+        known = remote.find(url)
+        if known is None:
+            return None
+        path = self._place(url, known)
+        with self._locked(path.stem):
+            if not path.exists():
+                os.close(self._download(url, known, path))
+        return path
+
     def _place(self, url: str, known: FileStat) -> Path:
         name = hashlib.sha256(f"{url}\n{known.size}\n{known.version}".encode()).hexdigest()[:32]
-        return self._folder / f"{name}.tar"
+        return self._folder / f"{name}{Path(url).suffix}"
 
     def _download(self, url: str, known: FileStat, path: Path) -> int:
-        """Put a shard at its place; a descriptor of it, which outlasts its removal."""
+        """Put a file at its place; a descriptor of it, which outlasts its removal."""
         if known.size > self._limit:
             raise UsageError(
                 f"{url} has {known.size / GIB:.1f} GiB, more than --cache_gb {self._limit / GIB:g}"

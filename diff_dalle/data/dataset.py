@@ -236,22 +236,21 @@ class Dataset:
 
     @property
     def tokenizer_path(self) -> str | None:
-        """The ``tokenizer.json`` beside the shards or in the folder above, if there is one.
+        """A local path of the ``tokenizer.json`` beside the shards or in the folder above.
+
+        None if there is none.
 
         Raises:
-            UsageError: there are several that differ.
+            UsageError: there are several that differ, or a store cannot be reached.
         """
-        folders = dict.fromkeys(Path(shard.file.path).absolute().parent for shard in self.shards)
-        found: dict[bytes, str] = {}
-        for folder in folders:
-            for path in (folder / "tokenizer.json", folder.parent / "tokenizer.json"):
-                if path.is_file():
-                    found.setdefault(path.read_bytes(), str(path))
-                    break
+        found: dict[bytes, tuple[str, Path]] = {}
+        for file in {shard.file.folders: shard.file for shard in self.shards}.values():
+            if (tokenizer := file.beside("tokenizer.json")) is not None:
+                found.setdefault(tokenizer[1].read_bytes(), tokenizer)
         if len(found) > 1:
-            both = " and ".join(list(found.values())[:2])
+            both = " and ".join([address for address, _ in found.values()][:2])
             raise UsageError(f"{both} differ: name the one to use with --tokenizer")
-        return next(iter(found.values()), None)
+        return next((str(path) for _, path in found.values()), None)
 
     def _captions_of_all(self, samples: Iterable[int]) -> Iterator[tuple[str, Captions]]:
         for sample in samples:

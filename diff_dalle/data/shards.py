@@ -45,6 +45,31 @@ class ShardFile:
     name: str
     cache: ShardCache | None = None
 
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folder that holds it and the one above; a store has none above its top."""
+        if self.cache is None:
+            folder = Path(self.path).absolute().parent
+            return str(folder), str(folder.parent)
+        protocol, path = self.path.split("://", 1)
+        parts = path.split("/")
+        top = 2 if protocol == "az" else 1  # parts: account and container, a bucket or a host
+        above = [parts[:-up] for up in (1, 2) if len(parts) - up >= top]
+        return tuple(f"{protocol}://{'/'.join(folder)}" for folder in above)
+
+    def beside(self, name: str) -> tuple[str, Path] | None:
+        """Where a small file lies in one of the `folders`, and a local path of it.
+
+        Raises:
+            UsageError: the store of a remote shard cannot be reached.
+        """
+        for folder in self.folders:
+            address = f"{folder}/{name}"
+            path = Path(address) if self.cache is None else self.cache.copy(address)
+            if path is not None and path.is_file():
+                return address, path
+        return None
+
     def stat(self) -> FileStat:
         """Size and version; for a local file its time of change, in nanoseconds.
 

@@ -15,9 +15,10 @@ import torch
 
 from diff_dalle.data import remote
 from diff_dalle.data.cache import ShardCache
+from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.loader import DataConfig, open_data, train_batches
 from diff_dalle.data.remote import FileStat
-from diff_dalle.data.shards import find_shards
+from diff_dalle.data.shards import ShardFile, find_shards
 from diff_dalle.errors import UsageError
 
 CONTENT = bytes(range(256)) * 2000
@@ -207,3 +208,66 @@ def test_a_remote_folder_is_listed(tmp_path: Path, pack_many) -> None:
     assert [shard.name for shard in shards] == ["deep/00000.tar", "deep/00001.tar"]
     with pytest.raises(UsageError, match="no .tar shards there"):
         find_shards(["memory://nothing"])
+
+
+def remote_set(server: Any, cache: Path, pattern: str) -> Dataset:
+    cfg = DataConfig(data_dir=[f"{server.address}/{pattern}"], cache_dir=str(cache), num_workers=0)
+    return open_data(cfg, split="train", image_size=16, with_text=True, seed=3)
+
+
+def test_the_tokenizer_beside_remote_shards_or_above(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for folder in ("d/train", "d/more"):
+        pack_many(tmp_path / "local" / folder, [2, 2])
+    server.serve(tmp_path / "local")
+    dataset = remote_set(server, tmp_path / "cache", "d/{train,more}/{00000,00001}.tar")
+    assert dataset.tokenizer_path is None
+    server.files["/tokenizer.json"] = b"too far up"
+    server.faults["/d/tokenizer.json"] = ["403"]
+    assert dataset.tokenizer_path is None
+
+    server.files["/d/tokenizer.json"] = b"above"
+    server.asked.clear()
+    for _ in range(2):
+        path = Path(dataset.tokenizer_path or "")
+        assert path.parent == tmp_path / "cache" and path.read_bytes() == b"above"
+    assert server.gets("tokenizer.json") == ["/d/tokenizer.json"]
+    server.files["/d/more/tokenizer.json"] = b"beside"
+    with pytest.raises(
+        UsageError, match=r"/d/tokenizer.json and \S+/d/more/tokenizer.json differ.*--tokenizer"
+    ):
+        _ = dataset.tokenizer_path
+    server.files["/d/more/tokenizer.json"] = b"above"
+    assert Path(dataset.tokenizer_path or "").read_bytes() == b"above"
+    server.faults["/d/train/tokenizer.json"] = ["500"] * remote.ATTEMPTS
+    with pytest.raises(UsageError, match=r"d/train/tokenizer.json cannot be read .*status 500"):
+        _ = dataset.tokenizer_path
+
+
+@pytest.mark.parametrize(
+    ("url", "folders"),
+    [
+        ("http://host/0.tar", ["http://host"]),
+        ("http://host/a/0.tar", ["http://host/a", "http://host"]),
+        ("s3://bucket/a/b/0.tar", ["s3://bucket/a/b", "s3://bucket/a"]),
+        ("gs://bucket/0.tar", ["gs://bucket"]),
+        ("az://account/container/0.tar", ["az://account/container"]),
+    ],
+)
+def test_nothing_lies_above_a_store(url: str, folders: list[str]) -> None:
+    (shard,) = find_shards([url])
+    assert list(shard.folders) == folders
+
+
+def test_a_tokenizer_in_another_store(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/tokens/train/0.tar", b"")
+    cache = ShardCache(tmp_path, 10**7)
+    (listed,) = remote.list_files("memory://tokens")
+    shard = ShardFile(listed, "0.tar", cache)
+    assert shard.beside("tokenizer.json") is None
+    files.pipe("/tokens/tokenizer.json", b"above")
+    address, path = shard.beside("tokenizer.json") or ("", Path())
+    assert address.endswith("tokens/tokenizer.json") and path.read_bytes() == b"above"
