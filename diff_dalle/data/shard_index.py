@@ -126,11 +126,41 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
         UsageError: the shard cannot be read, or no folder can hold the index.
     """
     known = shard.stat()
+    return find_index(shard, known) or build_index(shard, known)
+
+
+def find_index(shard: ShardFile, known: FileStat) -> tuple[Path, Summary] | None:
+    """The index file of a shard of a known version, where there is one; kept if it was remote.
+
+    Raises:
+        UsageError: no folder can hold the index.
+    """
+    found = _kept(shard, known)
+    if found is None and (beside := _index_beside(shard, known)) is not None:
+        found = _keep(shard, *beside)
+    return found
+
+
+def build_index(shard: ShardFile, known: FileStat) -> tuple[Path, Summary]:
+    """The index file of a shard that had none; it may have been built meanwhile.
+
+    Raises:
+        UsageError: the shard cannot be read, or no folder can hold the index.
+    """
+    return _kept(shard, known) or _keep(shard, *_read_once(shard, known))
+
+
+def _kept(shard: ShardFile, known: FileStat) -> tuple[Path, Summary] | None:
     for place in _places(shard.path):
         summary = _read_summary(place)
         if summary and (summary.size, summary.mtime_ns) == known:
             return place, summary
-    summary, table, keys = _index_beside(shard, known) or _read_once(shard, known)
+    return None
+
+
+def _keep(
+    shard: ShardFile, summary: Summary, table: NDArray[Any], keys: bytes
+) -> tuple[Path, Summary]:
     tried = []
     for place in _places(shard.path):
         try:

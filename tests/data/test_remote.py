@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ import fsspec
 import pytest
 import torch
 
-from diff_dalle.data import remote
+from diff_dalle.data import loader, remote
 from diff_dalle.data.cache import ShardCache
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.loader import DataConfig, open_data, train_batches
 from diff_dalle.data.remote import FileStat
+from diff_dalle.data.shard_index import ensure_index
 from diff_dalle.data.shards import ShardFile, find_shards
 from diff_dalle.errors import UsageError
 
@@ -138,7 +140,7 @@ def test_blobfile_reads_what_it_knows(tmp_path: Path) -> None:
 
 def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list[object]:
     cfg = DataConfig(data_dir=data_dir, cache_dir=str(cache), cache_gb=gib, num_workers=workers)
-    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3, show=False)
     batches = train_batches(dataset, tokenizer=None, text_length=8, batch_size=5)
     found: list[object] = []
     for batch in itertools.islice(batches, 6):
@@ -189,7 +191,7 @@ def test_a_shard_that_goes_away_makes_bad_samples(
         cache_dir=str(tmp_path / "cache"),
         num_workers=0,
     )
-    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3, show=False)
     for path in (tmp_path / "cache").glob("*.tar"):
         path.unlink()
     del server.files["/00001.tar"]
@@ -212,7 +214,7 @@ def test_a_remote_folder_is_listed(tmp_path: Path, pack_many) -> None:
 
 def remote_set(server: Any, cache: Path, pattern: str) -> Dataset:
     cfg = DataConfig(data_dir=[f"{server.address}/{pattern}"], cache_dir=str(cache), num_workers=0)
-    return open_data(cfg, split="train", image_size=16, with_text=True, seed=3)
+    return open_data(cfg, split="train", image_size=16, with_text=True, seed=3, show=False)
 
 
 def test_the_tokenizer_beside_remote_shards_or_above(
@@ -271,3 +273,42 @@ def test_a_tokenizer_in_another_store(tmp_path: Path) -> None:
     files.pipe("/tokens/tokenizer.json", b"above")
     address, path = shard.beside("tokenizer.json") or ("", Path())
     assert address.endswith("tokens/tokenizer.json") and path.read_bytes() == b"above"
+
+
+def index(folder: Path) -> None:
+    """Index local shards, so that their indices lie beside them."""
+    for path in folder.glob("*.tar"):
+        ensure_index(ShardFile(str(path), path.name))
+
+
+def test_a_pass_over_remote_shards_is_announced(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    local = tmp_path / "local"
+    pack_many(local, [2, 2, 2])
+    index(local)
+    (local / "00001.tar.index").unlink()
+    server.serve(local)
+    server.files["/00000.tar"] += bytes(10_000)  # its index is of another size
+    size = sum(len(server.files[f"/0000{number}.tar"]) for number in (0, 1))
+    monkeypatch.setattr(loader, "_GB", size / 1000)
+    cfg = DataConfig(
+        data_dir=[f"{server.address}/{{00000..00002}}.tar"],
+        cache_dir=str(tmp_path / "cache"),
+        num_workers=0,
+    )
+
+    def said(show: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            open_data(cfg, split="train", image_size=16, with_text=True, seed=0, show=show)
+        return [str(one.message) for one in caught if "index" in str(one.message)]
+
+    (line,) = said(show=True)
+    assert "--data_dir: 2 of 3 remote shards have no index" in line
+    assert "read once, 1,000.0 GB" in line and "\n" not in line
+    assert len([path for path in server.gets() if path != "/00002.tar"]) == 2
+    assert said(show=True) == []  # they are kept
+    (tmp_path / "home").rename(tmp_path / "moved")
+    assert said(show=False) == []
