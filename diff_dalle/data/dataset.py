@@ -19,6 +19,7 @@ from diff_dalle.data.mixture import Mixture
 from diff_dalle.data.order import (
     BLOCK_SAMPLES,
     ORDER_VERSION,
+    Integers,
     Need,
     Order,
     first_samples,
@@ -203,9 +204,12 @@ class Dataset:
         """All captions of samples evenly spread over the dataset; broken ones are left out.
 
         At most ``limit`` > 0, of at most that many samples: shards are often sorted, so the first
-        ones would not speak for all.
+        ones would not speak for all. Of remote shards, whole ones would be fetched for a few
+        captions each: there it is the samples that training visits first, of shards in random
+        order.
         """
-        samples = self._captions_of_all(spread(len(self), limit).tolist())
+        chosen = self._visited_first(limit) if self.remote and limit else spread(len(self), limit)
+        samples = self._captions_of_all(chosen.tolist())
         different = (list(dict.fromkeys([c.first, *c.choices])) for _, c in samples)
         if limit < 1:
             return chain.from_iterable(different)
@@ -258,6 +262,12 @@ class Dataset:
                 yield self.entry(sample)[1].key, self.captions_of(self.read(sample, image=False))
             except BadSample:
                 continue
+
+    def _visited_first(self, visits: int) -> Integers:
+        """The samples of the first visits in order of their numbers, those of a shard together."""
+        order = self.order()
+        slots = map(order.slot, range(min(visits, len(self))))
+        return np.unique(np.array([slot.sample for slot in slots], dtype=np.int64))
 
     def _counts_by_source(self) -> list[list[int]]:
         counts = iter(self.counts)

@@ -18,6 +18,7 @@ from diff_dalle.data import loader, remote
 from diff_dalle.data.cache import ShardCache
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.loader import DataConfig, open_data, train_batches
+from diff_dalle.data.order import Order
 from diff_dalle.data.remote import FileStat
 from diff_dalle.data.shard_index import ensure_index
 from diff_dalle.data.shards import ShardFile, find_shards
@@ -312,3 +313,23 @@ def test_a_pass_over_remote_shards_is_announced(
     assert said(show=True) == []  # they are kept
     (tmp_path / "home").rename(tmp_path / "moved")
     assert said(show=False) == []
+
+
+def test_a_tokenizer_of_remote_captions_reads_what_training_reads_first(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Order.__init__, "__defaults__", (6,))
+    pack_many(tmp_path / "local", [3] * 8)
+    index(tmp_path / "local")
+    server.serve(tmp_path / "local")
+    dataset = remote_set(server, tmp_path / "cache", "{00000..00007}.tar")
+    visited = Order(dataset.counts, seed=3)
+    needed = {f"/{need.shard:05d}.tar" for need in visited.needs(0)}
+    keys = {dataset.entry(visited.slot(position).sample)[1].key for position in range(10)}
+    server.asked.clear()
+    captions = [*dataset.captions(10)]
+    assert len(captions) == 9 and captions == [*dataset.captions(10)]
+    assert {caption.removeprefix("sample ").split()[0] for caption in captions} <= keys
+    assert set(server.gets()) <= needed and len(needed) == 4
+    assert len([*dataset.captions(0)]) == 24 * 3  # all of all
