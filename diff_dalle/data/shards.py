@@ -7,6 +7,7 @@ in one line that says what was found.
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ _LOOSE_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tif
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BESIDE = (".index", ".json", ".jsonl", ".parquet", ".csv", ".txt", ".md")
 _LOOK_AT = 10_000  # files of a folder that holds no shards, to tell the user what it holds
-_TO_PACK = "pack them into tar shards first (see the data chapter of the README)"
+_TO_PACK = "python scripts/pack_dataset.py --images {} --out_dir OUT"
 
 
 @dataclass(frozen=True)
@@ -286,7 +287,8 @@ def _what_lies_in(folder: str) -> str:
     counts = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in paths)
     images = sum(counts[extension] for extension in _LOOSE_IMAGES)
     if images:
-        return f"no .tar shards but {images} loose images, {_TO_PACK}"
+        command = _TO_PACK.format(shlex.quote(folder))
+        return f"no .tar shards but {images} loose images, pack them into tar shards: {command}"
     compressed = [path for path in paths if path.endswith(_COMPRESSED)]
     if compressed:
         name = os.path.basename(compressed[0])
