@@ -15,6 +15,7 @@ import numpy as np
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
 from diff_dalle.data.images import Crop, Pixels, decode
+from diff_dalle.data.limits import LARGEST_FILE
 from diff_dalle.data.mixture import Mixture
 from diff_dalle.data.order import (
     BLOCK_SAMPLES,
@@ -31,7 +32,6 @@ from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import Table, knob, require
 
-_LARGEST_FILE = 2**28  # bytes
 _FIRST_ORDER = (1, 2**16)  # version and block size of runs whose fingerprint says neither
 
 
@@ -174,7 +174,7 @@ class Dataset:
             raise BadSample("duplicate key")
         places = {"image": entry.image if image else None, "text": entry.text, "json": entry.json}
         wanted = {part: span for part, span in places.items() if span is not None}
-        if any(span.size > _LARGEST_FILE for span in wanted.values()):
+        if any(span.size > LARGEST_FILE for span in wanted.values()):
             raise BadSample("file too large")
         found = dict(zip(wanted, self._reader.read(number, [*wanted.values()]), strict=True))
         return Raw(image=found.get("image", b""), text=found.get("text"), json=found.get("json"))
