@@ -32,6 +32,7 @@ from diff_dalle.training.classifier_task import ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTaskConfig
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import PrecisionConfig
+from diff_dalle.training.previews import PreviewConfig
 from diff_dalle.training.resume import RunRecord
 from diff_dalle.training.run_data import RunData
 from diff_dalle.training.train_config import TrainConfig
@@ -52,6 +53,7 @@ class GeneratorRun:
     optim: OptimConfig
     precision: PrecisionConfig
     train: TrainConfig
+    previews: PreviewConfig
 
     kind = "generator"
 
@@ -128,6 +130,9 @@ _RETIRED: dict[str, tuple[str, ...]] = {
         "sigma_small",
         "use_kl",
         "rescale_learned_sigmas",
+        "sample_interval",
+        "num_preview",
+        "validation_prompts",
     )
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from diff_dalle.data.batch import Batch
+from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import Schedule
@@ -22,10 +24,11 @@ from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
 from diff_dalle.training.classifier_task import ClassifierTask, ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig
-from diff_dalle.training.loop import RunRecord, TrainConfig
+from diff_dalle.training.loop import Data, RunRecord, TrainConfig, train
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.tasks import PreviewFrom, StepContext
+from diff_dalle.training.previews import PreviewConfig
+from diff_dalle.training.tasks import PreviewFrom, StepContext, Task
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 SIZE, LENGTH, VOCABULARY, STEPS = 16, 4, 20, 20
@@ -222,7 +225,6 @@ def train_config(folder: Path, **changes: object) -> TrainConfig:
         "ema_rate": (0.9,),
         "log_interval": 1,
         "eval_interval": 0,
-        "num_preview": 0,
         "log_dir": str(folder),
         "report_to": "none",
     }
@@ -288,3 +290,23 @@ class ToyTask:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._step = state["step"]
+
+
+def trained(
+    task: Task,
+    folder: Path,
+    *,
+    stream: Stream | None = None,
+    val: bool = True,
+    optim: OptimConfig = OPTIM,
+    previews: PreviewConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    **cfg: object,
+) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl of a run."""
+    data = Data(train=stream or Stream(), val=held_out if val else None, tokenizer=tokenizer)
+    config = train_config(folder, **cfg)
+    rest = {"previews": previews, "record": record(task.kind), "world": ALONE}
+    train(task, data, config, optim, **rest)
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
