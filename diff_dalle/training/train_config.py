@@ -25,7 +25,9 @@ class TrainConfig:
     eval_interval: int = knob(
         1000, "steps between two held-out evaluations (and at the end); 0: none"
     )
-    eval_samples: int = knob(256, "held-out samples of one evaluation, all ranks together")
+    eval_samples: int = knob(
+        256, "held-out samples of one evaluation, all ranks together; it keeps them in memory"
+    )
     resume_checkpoint: str = knob(
         AUTO,
         "auto: go on from the newest checkpoint of the run folder; a file; or none",
