@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import random
-
 import json
+import random
 import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
