@@ -49,6 +49,13 @@ def read_members(file: BinaryIO, size: int, faults: list[str]) -> Iterator[Membe
             "truncated shard" or "broken shard".
     """
     try:
+        yield from _members(file, size, faults)
+    except (OverflowError, ValueError):  # sizes beyond any file, text that is none
+        faults.append("broken shard")
+
+
+def _members(file: BinaryIO, size: int, faults: list[str]) -> Iterator[Member]:
+    try:
         archive = tarfile.open(fileobj=file, mode="r:")
     except tarfile.ReadError:
         faults.append("not a tar file" if size else "empty file")

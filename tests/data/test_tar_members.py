@@ -33,31 +33,30 @@ def plain(file: BinaryIO, size: int, faults: list[str]) -> Iterator[Member]:
     except tarfile.ReadError:
         faults.append("not a tar file" if size else "empty file")
         return
+    except (OverflowError, ValueError):
+        faults.append("broken shard")
+        return
     try:
         while (found := archive.next()) is not None:
             if found.offset_data + found.size > size:
                 raise tarfile.ReadError("cut")
             if found.isreg() and not found.issparse():
                 yield Member(found.name, found.offset_data, found.size)
+        file.seek(archive.offset)
     except tarfile.ReadError:
         faults.append("truncated shard")
         return
-    file.seek(archive.offset)
+    except (OverflowError, ValueError):  # a header of which the library makes no sense
+        faults.append("broken shard")
+        return
     block = file.read(512)
     if block.count(0) < 512:
         faults.append("truncated shard" if len(block) < 512 else "broken shard")
 
 
-def outcome(reader: Reader, data: bytes) -> tuple[list[Member], list[str], str]:
-    """Members, faults and the kind of an error that is not a fault."""
-    members: list[Member] = []
+def outcome(reader: Reader, data: bytes) -> tuple[list[Member], list[str]]:
     faults: list[str] = []
-    try:
-        for member in reader(io.BytesIO(data), len(data), faults):
-            members.append(member)
-    except Exception as error:  # a header of which the library makes no sense
-        return members, faults, type(error).__name__
-    return members, faults, ""
+    return list(reader(io.BytesIO(data), len(data), faults)), faults
 
 
 def random_tar(rng: random.Random) -> bytes:
