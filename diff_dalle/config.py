@@ -220,6 +220,7 @@ def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
         prediction=run.process.prediction,
         variance="learned_range" if run.generator.learn_sigma else fixed,
         rescale_timesteps=rescale,
+        sigma_data=run.process.sigma_data,
     )
 
 

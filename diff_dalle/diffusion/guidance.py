@@ -55,7 +55,7 @@ def shift_score(
 def classifier_free(model_both: Model, scale: float, learned_variance: bool) -> Model:
     """The model eps_u + s (eps_c - eps_u) (Ho and Salimans 2022, eq. 6, with s = 1 + w).
 
-    The same formula serves x_0 and v: at one x_t all three are affine in each other.
+    The same formula serves every prediction: at one x_t all are affine in each other.
 
     Args:
         model_both: takes [2B,C,H,W] and [2B]; told the captions in the first half and the null

@@ -184,7 +184,7 @@ def invert_ddim(
     x = x_0
     for step in range(diffusion.num_steps):
         t = torch.full((len(x),), max(step - 1, 0), device=x.device)
-        output = model(x, diffusion.model_time(t))
+        output = model(diffusion.model_input(x, t), diffusion.model_time(t))
         if step == 0:
             estimate = diffusion.posterior(output, x, t, clip=clip).x_0
             x = diffusion.add_noise(x, t, diffusion.eps_from_x0(estimate, x, t))
@@ -220,7 +220,7 @@ def _descend(
     x = x_T
     for i in reversed(range(diffusion.num_steps)):
         t = torch.full((len(x),), i, device=x.device)
-        output = model(x, diffusion.model_time(t))
+        output = model(diffusion.model_input(x, t), diffusion.model_time(t))
         gradient = guide(x, t) if guide else None
         z = noise(i, x) if noise and i > 0 else torch.zeros_like(x)
         x, x_0 = step(diffusion, output, x, t, z, gradient=gradient, clip=clip)

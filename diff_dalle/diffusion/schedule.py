@@ -15,10 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO, knob, require, require_choice
-
-PREDICTIONS = ("eps", "x0", "v")
 
 
 def betas_linear(num_steps: int) -> Tensor:
@@ -75,7 +74,9 @@ class NoiseConfig:
 class ProcessConfig(NoiseConfig):
     """The noise process of a network that takes noise away, and what that network predicts."""
 
-    prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
+    prediction: str = knob("eps", "what the network predicts: eps, x0, v, edm or flow")
+    # Karras et al. 2022, table 1: images in [-1, 1] of natural scenes.
+    sigma_data: float = knob(0.5, "with --prediction edm: standard deviation of the images")
     predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
     sigma_small: bool = knob(
         False, "without --learn_sigma: the smaller fixed variance at every step count"
@@ -84,9 +85,10 @@ class ProcessConfig(NoiseConfig):
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""
         super().__post_init__()
-        require_choice("prediction", self.prediction, PREDICTIONS)
+        require_choice("prediction", self.prediction, [*PREDICTIONS])
+        require(self.sigma_data > 0, "sigma_data", self.sigma_data, "be above 0")
         require(
-            not (self.predict_xstart and self.prediction == "v"),
+            not self.predict_xstart or self.prediction in ("eps", "x0"),
             "prediction",
             self.prediction,
             "be x0 (or left out) when --predict_xstart is True",

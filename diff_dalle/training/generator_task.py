@@ -141,7 +141,8 @@ class GeneratorTask:
     ) -> LossTerms:
         x_t = self._diffusion.add_noise(x_0, t, eps)  # [B,3,H,W]
         with self.precision.autocast():
-            output = model(x_t, self._diffusion.model_time(t), cond)  # [B,3 or 6,H,W]
+            shown, time = self._diffusion.model_input(x_t, t), self._diffusion.model_time(t)
+            output = model(shown, time, cond)  # [B,3 or 6,H,W]
         return training_losses(self._diffusion, output, x_0, x_t, t, eps, self._loss)
 
     def _condition(self, batch: Batch, *, training: bool) -> tuple[Tensor, Cond]:

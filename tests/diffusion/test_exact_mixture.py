@@ -18,6 +18,7 @@ from torch import Tensor
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import classifier_free
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.samplers import SAMPLERS, invert_ddim, sample_ddim, sample_ddpm
 from diff_dalle.diffusion.schedule import Schedule
 
@@ -52,15 +53,32 @@ def score(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH) -> T
 
 
 def network(prediction: str = "eps", components: tuple[int, ...] = BOTH) -> Callable:
-    """A perfect network: told the base step, it answers with the exact eps, x_0 or v."""
+    """A perfect network: shown its input and told the base step, it answers exactly."""
 
-    def model(x_t: Tensor, time: Tensor) -> Tensor:
+    def model(shown: Tensor, time: Tensor) -> Tensor:
         a = BASE.alpha_bar[time].reshape(-1, 1, 1, 1)
-        eps = -(1 - a).sqrt() * score(x_t, a, components)
-        x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
-        return {"eps": eps, "x0": x_0, "v": a.sqrt() * eps - (1 - a).sqrt() * x_0}[prediction]
+        signal, sigma = a.sqrt(), (1 - a).sqrt()
+        c_skip, c_out, c_in = preconditioning(sigma / signal)
+        x_t = {"edm": shown / c_in * signal, "flow": shown * (signal + sigma)}.get(
+            prediction, shown
+        )
+        eps = -sigma * score(x_t, a, components)
+        x_0 = (x_t - sigma * eps) / signal
+        return {
+            "eps": eps,
+            "x0": x_0,
+            "v": signal * eps - sigma * x_0,
+            "edm": (x_0 - c_skip * x_t / signal) / c_out,
+            "flow": eps - x_0,
+        }[prediction]
 
     return model
+
+
+def preconditioning(sigma: Tensor, data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in as Karras et al. 2022, table 1, has them."""
+    both = sigma**2 + data**2
+    return data**2 / both, sigma * data / both.sqrt(), 1 / both.sqrt()
 
 
 def component_and_all(x_t: Tensor, time: Tensor) -> Tensor:
@@ -175,9 +193,9 @@ def test_ddim_takes_both_guidances_for_the_same_thing(scales: tuple[float, float
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_predictions_are_interchangeable(name: str) -> None:
-    eps, x0, v = (draw(name, network(p), process("10", p)) for p in ("eps", "x0", "v"))
-    torch.testing.assert_close(x0, eps, rtol=0, atol=1e-9)
-    torch.testing.assert_close(v, eps, rtol=0, atol=1e-9)
+    found = {p: draw(name, network(p), process("10", p)) for p in PREDICTIONS}
+    for other in found.values():
+        torch.testing.assert_close(other, found["eps"], rtol=0, atol=1e-9)
 
 
 def gaussian_error(name: str, spec: str, mean: float = 0.5, std: float = 0.3) -> float:

@@ -18,6 +18,7 @@ from diff_dalle.diffusion.guidance import (
     similarity_gradient,
     time_of_other_process,
 )
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
 
 LINEAR = GaussianDiffusion(Schedule.make("linear", 1000))
@@ -150,20 +151,14 @@ def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def test_classifier_free_guidance_commutes_with_the_prediction() -> None:
-    """Extrapolating eps, x_0 or v is the same guidance."""
+    """Extrapolating any prediction is the same guidance."""
     x_t, c, u = images(0), images(1), images(2)
-    found = []
-    for prediction, turn in (
-        ("x0", lambda x_0: x_0),
-        ("eps", lambda x_0: COSINE.eps_from_x0(x_0, x_t, T)),
-        ("v", lambda x_0: COSINE.velocity(x_0, T, COSINE.eps_from_x0(x_0, x_t, T))),
-    ):
+    for prediction in PREDICTIONS:
         d = GaussianDiffusion(COSINE.schedule, prediction=prediction, variance="fixed_small")
-        both = side_by_side(constant(turn(c)), constant(turn(u)))
-        model = classifier_free(both, 4.0, False)
-        found.append(d.predict_x0(model(x_t, T), x_t, T))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(found[0], found[2], rtol=1e-7, atol=1e-7)
+        answers = [d.target(x_0, T, d.eps_from_x0(x_0, x_t, T)) for x_0 in (c, u)]
+        model = classifier_free(side_by_side(*map(constant, answers)), 4.0, False)
+        found = d.predict_x0(model(x_t, T), x_t, T)
+        torch.testing.assert_close(found, 4 * c - 3 * u, rtol=1e-7, atol=1e-7)
 
 
 def test_a_clip_of_the_same_process_is_told_the_base_step() -> None:

@@ -18,6 +18,7 @@ from diff_dalle.diffusion.losses import (
     training_losses,
     vb_terms_bpd,
 )
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
 
 T = torch.tensor([0, 1, 400, 998])
@@ -74,13 +75,16 @@ def test_improbable_levels_stay_finite() -> None:
     assert torch.isfinite(torch.autograd.grad(value.sum(), x)[0]).all()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
 def test_squared_error_of_the_target(prediction: str, variance: str) -> None:
     d = process(prediction, variance)
     output = images(1, 6 if variance == "learned_range" else 3)
     x_0, noise = images(10).clamp(-1, 1), images(11)
-    target = {"eps": noise, "x0": x_0, "v": d.velocity(x_0, T, noise)}[prediction]
+    a = d.alpha_bar[T].reshape(-1, 1, 1, 1)
+    v, root = a.sqrt() * noise - (1 - a).sqrt() * x_0, (1 - a + a / 4).sqrt()
+    edm = (2 * (1 - a).sqrt() * x_0 - a.sqrt() * noise / 2) / root
+    target = {"eps": noise, "x0": x_0, "v": v, "edm": edm, "flow": noise - x_0}[prediction]
     terms = losses(d, output, LossConfig())
     assert terms.mse is not None
     torch.testing.assert_close(terms.mse, ((output[:, :3] - target) ** 2).mean((1, 2, 3)))
@@ -90,14 +94,15 @@ def test_squared_error_of_the_target(prediction: str, variance: str) -> None:
         assert terms.vb is not None and torch.equal(terms.loss, terms.mse + terms.vb)
 
 
-def test_variational_terms_are_zero_only_for_the_true_posterior() -> None:
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_variational_terms_are_zero_only_for_the_true_posterior(prediction: str) -> None:
     """The lower end of the range is q's own variance; the target gives q's own mean."""
-    d, x_0, noise = process(), images(10).clamp(-1, 1), images(11)
-    x_t = d.add_noise(x_0, T, noise)
-    exact = torch.cat([noise, torch.full_like(noise, -1.0)], dim=1)
+    d, x_0, noise = process(prediction), images(10).clamp(-1, 1), images(11)
+    x_t, target = d.add_noise(x_0, T, noise), d.target(x_0, T, noise)
+    exact = torch.cat([target, torch.full_like(noise, -1.0)], dim=1)
     found = vb_terms_bpd(d, exact, x_0, x_t, T)
     assert found[1:].abs().max() < 1e-9 and found[0] > 0
-    wrong = torch.cat([noise + 0.1, torch.zeros_like(noise)], dim=1)
+    wrong = torch.cat([target + 0.1, torch.zeros_like(noise)], dim=1)
     assert (vb_terms_bpd(d, wrong, x_0, x_t, T) > found).all()
 
 

@@ -130,6 +130,21 @@ def spied(cfg: GeneratorTaskConfig, batch: Batch, **model: object) -> Cond:
     return spy.asked[0][2]
 
 
+@pytest.mark.parametrize("prediction", ["v", "flow"])
+def test_the_network_is_shown_its_input_and_the_loss_knows_x_t(prediction: str) -> None:
+    diffusion, batch = process(prediction), batch_of(range(6))
+    spy = Spy(GeneratorConfig())
+    means = logged(generator_task(spy, PLAIN, diffusion=diffusion), batch)
+    x_0 = batch.image.float() / 127.5 - 1
+    t = (draws.timestep(batch.seed) * STEPS).long()
+    eps = draws.noise(batch.seed, (3, SIZE, SIZE))
+    a = diffusion.alpha_bar[t].float()[:, None, None, None]
+    x_t, both = a.sqrt() * x_0 + (1 - a).sqrt() * eps, a.sqrt() + (1 - a).sqrt()
+    torch.testing.assert_close(spy.asked[0][0], x_t / both if prediction == "flow" else x_t)
+    target = eps - x_0 if prediction == "flow" else a.sqrt() * eps - (1 - a).sqrt() * x_0
+    assert means["mse"] == pytest.approx(float((target**2).mean()), rel=1e-5)
+
+
 def test_an_upsampler_is_told_the_noise_it_gets() -> None:
     batch = batch_of(range(64))
     cond = spied(GeneratorTaskConfig(aug_level_max=0.4), batch, small_size=8)
