@@ -14,6 +14,7 @@ EXTRAS = {
     "docs": ["matplotlib"],
     "test": [
         "datasets",
+        "diffusers",
         "emoji",
         "matplotlib",
         "mypy",

@@ -210,10 +210,15 @@ def canonical(run: Run) -> Run:
 
 def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
     """The noise process that a run trains on."""
-    schedule = Schedule.make(run.process.noise_schedule, run.process.diffusion_steps)
+    schedule = Schedule.make(
+        run.process.noise_schedule,
+        run.process.diffusion_steps,
+        shift=run.process.schedule_shift,
+        zero_terminal_snr=run.process.zero_terminal_snr,
+    )
     rescale = run.process.rescale_timesteps
-    if isinstance(run, ClassifierRun):  # it sees noise, and takes none away
-        return GaussianDiffusion(schedule, rescale_timesteps=rescale)
+    if isinstance(run, ClassifierRun):  # it sees noise, and predicts nothing
+        return GaussianDiffusion(schedule, prediction="x0", rescale_timesteps=rescale)
     fixed = "fixed_small" if run.process.sigma_small else "fixed_large"
     return GaussianDiffusion(
         schedule,

@@ -119,7 +119,9 @@ class GaussianDiffusion:
             that this process does not reach.
         """
         dtype = torch.promote_types(alpha_bar.dtype, torch.float32)
-        table = self._lookup("log_snr", alpha_bar.device, dtype)  # [T], falling
+        # Noise alone lies far from every other step, but not infinitely: differences are taken.
+        farthest = torch.finfo(dtype).min / 4
+        table = self._lookup("log_snr", alpha_bar.device, dtype).clamp(min=farthest)  # [T], falling
         wanted = torch.logit(alpha_bar.to(dtype)).clamp(table[-1], table[0])  # [B]
         return (wanted[:, None] - table[None, :]).abs().argmin(dim=1)
 
@@ -249,6 +251,7 @@ def _tables(schedule: Schedule) -> dict[str, Tensor]:
         "sigma": (1 - here).sqrt(),
         "sigma_prev": (1 - prev).sqrt(),
         "sigma_next": (1 - after).sqrt(),
+        "x_0_per_score": torch.where(here > 0, (1 - here) / here.sqrt(), 0.0),
         "posterior_std": schedule.posterior_variance.sqrt(),
         "log_beta": schedule.betas.log(),
         "log_small": schedule.posterior_log_variance,

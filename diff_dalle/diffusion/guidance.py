@@ -37,6 +37,9 @@ def shift_score(
 ) -> Posterior:
     """eps - sqrt(1 - alpha_bar) g (Dhariwal and Nichol 2021, algorithm 2), for any sampler.
 
+    Said of x_0: it grows by (1 - alpha_bar) / sqrt(alpha_bar) g. Where x_t is noise alone it
+    tells no condition from another, and g is left out.
+
     Args:
         diffusion: the process.
         posterior: of the unguided model.
@@ -46,9 +49,7 @@ def shift_score(
     Returns:
         The posterior of the guided eps. Its estimate of x_0 is not clipped again.
     """
-    eps = diffusion.eps_from_x0(posterior.x_0, x_t, t)
-    eps = eps - diffusion.at("sigma", t, x_t) * gradient
-    x_0 = diffusion.x0_from_eps(eps, x_t, t)
+    x_0 = posterior.x_0 + diffusion.at("x_0_per_score", t, x_t) * gradient
     return replace(posterior, mean=diffusion.q_posterior(x_0, x_t, t).mean, x_0=x_0)
 
 

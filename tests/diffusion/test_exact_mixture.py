@@ -52,18 +52,26 @@ def score(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH) -> T
     return (log_joint(x, alpha_bar, components).softmax(-1) * each).sum(-1)
 
 
+def image(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH) -> Tensor:
+    """Mean of x_0 given x_t (Bayes, component by component)."""
+    k = list(components)
+    a = alpha_bar[..., None]
+    gain = a.sqrt() * STDS[k] ** 2 / (a * STDS[k] ** 2 + 1 - a)
+    each = MEANS[k] + gain * (x[..., None] - a.sqrt() * MEANS[k])
+    return (log_joint(x, alpha_bar, components).softmax(-1) * each).sum(-1)
+
+
 def network(prediction: str = "eps", components: tuple[int, ...] = BOTH) -> Callable:
     """A perfect network: shown its input and told the base step, it answers exactly."""
 
     def model(shown: Tensor, time: Tensor) -> Tensor:
         a = BASE.alpha_bar[time].reshape(-1, 1, 1, 1)
-        signal, sigma = a.sqrt(), (1 - a).sqrt()
+        signal, sigma = a.sqrt().clamp(min=1e-150), (1 - a).sqrt()  # 0 / 0 at pure noise
         c_skip, c_out, c_in = preconditioning(sigma / signal)
         x_t = {"edm": shown / c_in * signal, "flow": shown * (signal + sigma)}.get(
             prediction, shown
         )
-        eps = -sigma * score(x_t, a, components)
-        x_0 = (x_t - sigma * eps) / signal
+        eps, x_0 = -sigma * score(x_t, a, components), image(x_t, a, components)
         return {
             "eps": eps,
             "x0": x_0,
@@ -196,6 +204,35 @@ def test_predictions_are_interchangeable(name: str) -> None:
     found = {p: draw(name, network(p), process("10", p)) for p in PREDICTIONS}
     for other in found.values():
         torch.testing.assert_close(other, found["eps"], rtol=0, atol=1e-9)
+
+
+ENDS_IN_NOISE = {
+    "flow": Schedule.make("flow", 8000),
+    "shifted": Schedule.make("flow", 8000, shift=2.0),
+    "zero terminal": Schedule.make("linear", 8000, zero_terminal_snr=True),
+}
+
+
+@pytest.mark.parametrize("schedule", ENDS_IN_NOISE)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pure_noise_becomes_the_density(
+    name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a last step of noise alone, where eps says nothing of the image."""
+    monkeypatch.setitem(globals(), "BASE", ENDS_IN_NOISE[schedule])
+    found = {p: draw(name, network(p), process("64", p)) for p in ("x0", "v", "edm", "flow")}
+    assert distance(found["x0"]) < 0.05
+    for other in found.values():
+        torch.testing.assert_close(other, found["x0"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_alone_is_not_guided(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where x_t says nothing the exact gradient is 0, and the component is still reached."""
+    monkeypatch.setitem(globals(), "BASE", ENDS_IN_NOISE["zero terminal"])
+    diffusion = process("128", "v")
+    guided = draw(name, network("v"), diffusion, gradient(diffusion, 0, 1.0))
+    assert distance(guided, (0,)) < 0.025
 
 
 def gaussian_error(name: str, spec: str, mean: float = 0.5, std: float = 0.3) -> float:

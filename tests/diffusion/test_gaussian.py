@@ -212,6 +212,40 @@ def test_nearest_step() -> None:
     assert torch.equal(nearest, gaps.argmin(dim=0))
 
 
+def test_nearest_step_of_a_process_that_ends_in_noise() -> None:
+    d = GaussianDiffusion(
+        Schedule.make("linear", 1000, zero_terminal_snr=True),
+        prediction="v",
+        variance="fixed_small",
+    )
+    for table in (d.alpha_bar, d.alpha_bar.float()):
+        assert torch.equal(d.nearest_step(table), torch.arange(1000))
+    assert d.nearest_step(torch.tensor([1.0, 1e-12, 0.0])).tolist() == [0, 998, 999]
+
+
+def test_noise_alone_gives_the_mean_that_the_network_says() -> None:
+    """At alpha_bar 0 nothing of x_t is kept, and every learned variance lies in its range."""
+    schedule = Schedule.make("flow", 10)
+    t, x_t, answer = torch.full((4,), 9), images(0), images(1)
+    for prediction, x_0 in {
+        "x0": answer,
+        "v": -answer,
+        "edm": 0.5 * answer,
+        "flow": x_t - answer,
+    }.items():
+        d = GaussianDiffusion(schedule, prediction=prediction)
+        p = d.posterior(torch.cat([answer, answer], 1), x_t, t, clip=False)
+        torch.testing.assert_close(p.x_0, x_0)
+        torch.testing.assert_close(p.mean, schedule.alpha_bar[8].sqrt() * x_0)
+        ends = (1 - schedule.alpha_bar[8]).log()  # and log beta, 0
+        torch.testing.assert_close(p.log_var, (1 - answer) / 2 * ends)
+
+
+def test_noise_that_says_nothing_of_the_image_is_no_prediction() -> None:
+    with pytest.raises(ValueError, match="prediction is 'eps': the last step holds noise alone"):
+        GaussianDiffusion(Schedule.make("flow", 10))
+
+
 @pytest.mark.parametrize(
     ("given", "kept"),
     [
