@@ -14,7 +14,6 @@ from diff_dalle.config import (
     GeneratorRun,
     Parser,
     from_flat,
-    make_diffusion,
     make_record,
     parse_run,
     parse_sample_run,
@@ -356,33 +355,6 @@ def test_a_classifier_from_before_goes_on() -> None:
     assert record.changed(to_flat(run) | RETIRED, record.shaping & record.config.keys()) == []
     generator = parse_run(GeneratorRun, [])
     assert from_flat(GeneratorRun, to_flat(generator) | RETIRED).process.prediction == "x0"
-
-
-NEWER = {
-    "sigma_data": 0.5,
-    "schedule_shift": 1.0,
-    "zero_terminal_snr": False,
-}
-
-
-@pytest.mark.parametrize("run_class", [GeneratorRun, ClassifierRun])
-def test_a_run_from_before_a_flag_keeps_its_meaning(run_class: type) -> None:
-    run = parse_run(run_class, ["--image_size", "64"])
-    flat = to_flat(run)
-    assert {name: flat.pop(name) for name in NEWER if name in flat}.items() <= NEWER.items()
-    assert from_flat(run_class, flat) == run
-
-
-def test_the_process_is_the_one_that_flags_ask_for() -> None:
-    flags = "--noise_schedule flow --schedule_shift 2 --diffusion_steps 100"
-    generator = make_diffusion(parse_run(GeneratorRun, f"{flags} --prediction edm".split()))
-    clip = make_diffusion(parse_run(ClassifierRun, flags.split()))
-    for diffusion in (generator, clip):  # s = 1/2 becomes 2/3
-        assert float(diffusion.alpha_bar[49]) == pytest.approx(0.2, rel=1e-9)
-    assert generator.prediction == "edm" and generator.sigma_data == 0.5
-    flags = "--zero_terminal_snr --noise_schedule linear --prediction edm --sigma_data 0.25"
-    generator = make_diffusion(parse_run(GeneratorRun, flags.split()))
-    assert generator.alpha_bar[-1] == 0 and generator.sigma_data == 0.25
 
 
 def test_run_time_choices_do_not_shape_weights() -> None:

@@ -27,6 +27,8 @@ class Stream(IntEnum):
     AUG_NOISE = 6
     CROP_ROW = 7
     CROP_COLUMN = 8
+    NOISE_OFFSET = 9
+    PERTURBATION = 10
     HELD_OUT = 100  # and upwards, two streams a timestep quartile
 
 
@@ -38,6 +40,16 @@ def timestep(seed: Tensor) -> Tensor:
 def noise(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """eps: standard normal f32 [B, *shape]."""
     return keyed_noise.normal(seed, shape, Stream.NOISE)
+
+
+def noise_offset(seed: Tensor, channels: int) -> Tensor:
+    """Standard normal f32 [B,C,1,1]: one number for a whole channel of a sample's noise."""
+    return keyed_noise.normal(seed, (channels, 1, 1), Stream.NOISE_OFFSET)
+
+
+def perturbation(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """xi: standard normal f32 [B, *shape], for noise that the network is not asked for."""
+    return keyed_noise.normal(seed, shape, Stream.PERTURBATION)
 
 
 def held_out(

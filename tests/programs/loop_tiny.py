@@ -19,12 +19,15 @@ from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World, all_reduce_sum_
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
-from diff_dalle.models.generator import Generator, GeneratorConfig
+from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet import UNetConfig
 from diff_dalle.training.classifier_task import ClassifierTask, ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig
 from diff_dalle.training.loop import Data, RunRecord, TrainConfig, train
+
+from diff_dalle.training.loop import RunRecord, TrainConfig
+from diff_dalle.training.metrics import Meter
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import Precision, PrecisionConfig
 from diff_dalle.training.previews import PreviewConfig
@@ -171,18 +174,44 @@ def generator_task(
     microbatch: int = -1,
     precision: PrecisionConfig | None = None,
     diffusion: GaussianDiffusion | None = None,
+    loss: LossConfig | None = None,
 ) -> GeneratorTask:
     """The task of a generator, on a short process."""
     return GeneratorTask(
         model,
         diffusion or process(learn_sigma=model.cfg.learn_sigma),
         cfg or GeneratorTaskConfig(),
-        LossConfig(),
+        loss or LossConfig(),
         timesteps or TimestepConfig(),
         world=world,
         precision=Precision(precision or PrecisionConfig(), world.device),
         microbatch=microbatch,
     )
+
+
+class Spy(torch.nn.Module):
+    """Looks like a generator and remembers what it was asked; output zero."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.unet = torch.nn.Module()
+        self.unet.cfg = UNetConfig(image_size=SIZE, channel_mult=(1, 1))
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.asked: list[tuple[torch.Tensor, torch.Tensor, Cond]] = []
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        self.asked.append((x_t, t, cond))
+        channels = 2 * x_t.shape[1] if self.cfg.learn_sigma else x_t.shape[1]
+        return self.weight * torch.ones_like(x_t).repeat(1, channels // x_t.shape[1], 1, 1)
+
+
+def logged(task: GeneratorTask, batch: Batch) -> dict[str, float]:
+    """What one training step of a task measures."""
+    meter = Meter(batch.valid.device)
+    total = batch.valid.sum().double()
+    task.forward_backward(batch, StepContext(valid_total=total, loss_scale=1.0, meter=meter))
+    return meter.means(ALONE)
 
 
 def classifier_task(
