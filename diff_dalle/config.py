@@ -26,7 +26,7 @@ from diff_dalle.knobs import Floats, Ints, require
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
 from diff_dalle.models.generator import Generator, GeneratorConfig, check_sizes
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.training.classifier_task import ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTaskConfig

@@ -22,7 +22,7 @@ from diff_dalle.models.clip import CLIPConfig
 from diff_dalle.models.cost import count_parameters, forward_flops, training_bytes
 from diff_dalle.models.generator import Cond, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.presets import PRESETS
 
 VOCABULARY = 32_768  # tokens that every text encoder is counted with

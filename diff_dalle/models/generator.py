@@ -16,7 +16,8 @@ from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.layers import LevelEmbedding
 from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_sum
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from diff_dalle.models.clip import ImageEncoder
 from diff_dalle.models.convert import convert_guided_diffusion
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 Adm = Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]]
 

@@ -12,7 +12,7 @@ from diff_dalle.models.clip import CLIPConfig, ImageEncoder
 from diff_dalle.models.cost import activation_bytes, count_parameters, forward_flops, training_bytes
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 
 Inputs = tuple[Tensor, Tensor, Cond]
 Small = Callable[..., Generator]

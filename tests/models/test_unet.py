@@ -11,7 +11,8 @@ from torch import nn
 from diff_dalle.errors import UsageError
 from diff_dalle.models.cost import count_parameters
 from diff_dalle.models.layers import GroupNorm, Positions
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 Perturb = Callable[[nn.Module], nn.Module]
 SMALL = {

@@ -21,7 +21,7 @@ from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training.classifier_task import ClassifierTask, ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig
 from diff_dalle.training.loop import Data, RunRecord, TrainConfig, train

@@ -23,7 +23,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.low_res import downsample
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training import draws
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig, random_crop
 from diff_dalle.training.metrics import Meter
