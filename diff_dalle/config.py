@@ -22,7 +22,7 @@ from diff_dalle.diffusion.schedule import NoiseConfig, ProcessConfig, Schedule
 from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.flags import Parser, parse_with_sources
-from diff_dalle.knobs import Floats, Ints, require
+from diff_dalle.knobs import COMMA_LISTS, require
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
 from diff_dalle.models.generator import Generator, GeneratorConfig, check_sizes
 from diff_dalle.models.text import TextEncoderConfig
@@ -192,7 +192,8 @@ def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
         values = {key: left.pop(key) for key in own if key in left}
         tuples = _tuple_fields(section)
         for key, value in values.items():
-            values[key] = tuple(value) if key in tuples else value
+            listed = key in tuples and isinstance(value, list)
+            values[key] = tuple(value) if listed else value
         sections[name] = section(**values)
     if left:
         raise UsageError(
@@ -211,7 +212,7 @@ def canonical(run: Run) -> Run:
             prediction=run.process.resolved_prediction,
             predict_xstart=False,
         )
-        unet = run.unet.with_channel_mult(upsampler=run.generator.small_size > 0)
+        unet = run.unet.canonical(upsampler=run.generator.small_size > 0)
         return dataclasses.replace(run, process=process, unet=unet)
     mult = run.clip.image_half().resolved_channel_mult
     clip = dataclasses.replace(run.clip, classifier_channel_mult=mult)
@@ -308,6 +309,6 @@ def _sections(run_class: type) -> dict[str, type]:
 
 
 def _tuple_fields(section: type) -> set[str]:
-    """The fields that JSON and YAML turn into lists."""
+    """The fields whose tuples JSON and YAML turn into lists."""
     hints = typing.get_type_hints(section)
-    return {name for name, hint in hints.items() if hint in (Floats, Ints)}
+    return {name for name, hint in hints.items() if hint in COMMA_LISTS}

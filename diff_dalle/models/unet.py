@@ -1,6 +1,9 @@
 """The U-Net of ADM (Dhariwal and Nichol 2021), with cross-attention to text where asked.
 
-Without text it computes what guided-diffusion's U-Net computes, with as many parameters.
+Without text it computes what guided-diffusion's U-Net computes, with as many parameters. Its
+other layout is the Efficient U-Net of Imagen's upsamplers (Saharia et al. 2022, appendix B): the
+size is halved before the blocks of a level and doubled after them, so that no block works at the
+full size, and a skip counts 1 / sqrt(2).
 
 Notation: B batch, C channels, H W pixels, L tokens, D width of the text, E = 4 * num_channels.
 """
@@ -11,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diff_dalle.knobs import AUTO
 from diff_dalle.models.attention import CrossAttention, SelfAttention, padding_bias
-from diff_dalle.models.blocks import Block
+from diff_dalle.models.blocks import Block, Resample
 from diff_dalle.models.layers import (
     Downsample,
     GroupNorm,
@@ -22,7 +26,9 @@ from diff_dalle.models.layers import (
     channels_last_,
     zero_,
 )
-from diff_dalle.models.unet_config import UNetConfig
+from diff_dalle.models.unet_config import EFFICIENT, UNetConfig
+
+SKIP_SCALE = 2**-0.5  # of the Efficient U-Net, whose training converged faster with it
 
 
 class BlockFactory:
@@ -36,6 +42,7 @@ class BlockFactory:
     def __init__(self, cfg: UNetConfig, text_dim: int | None) -> None:
         self.cfg = cfg
         self.text_dim = text_dim
+        self.efficient = cfg.unet_layout == EFFICIENT
 
     def res(self, channels: int, out_channels: int, resample: str | None = None) -> ResBlock:
         """A residual block."""
@@ -55,20 +62,24 @@ class BlockFactory:
         level: int,
         *,
         attention: bool,
+        text: bool,
         going_up: bool = False,
-        resample: ResBlock | Upsample | None = None,
+        before: Resample | None = None,
+        resample: Resample | None = None,
     ) -> Block:
         """A residual block from ``channels`` to the level's, with attention where asked."""
         out = self.cfg.channels(level)
+        size = self.cfg.size(level) if self.cfg.attention_positions else None
+        groups, order = self.cfg.norm_groups, self.cfg.use_new_attention_order
         own, cross = None, None
         if attention:
             heads = self.cfg.heads(out, going_up=going_up)
-            size = self.cfg.size(level) if self.cfg.attention_positions else None
-            groups, order = self.cfg.norm_groups, self.cfg.use_new_attention_order
             own = SelfAttention(out, heads, order, norm_groups=groups, size=size)
-            if self.text_dim is not None:
-                cross = CrossAttention(out, heads, self.text_dim, norm_groups=groups, size=size)
+        if text and self.text_dim is not None:
+            heads = self.cfg.heads(out, going_up=going_up)
+            cross = CrossAttention(out, heads, self.text_dim, norm_groups=groups, size=size)
         return Block(
+            before=before,
             res=self.res(channels, out),
             attention=own,
             cross=cross,
@@ -76,33 +87,42 @@ class BlockFactory:
             use_checkpoint=self.cfg.use_checkpoint,
         )
 
-    def up(self, channels: int) -> ResBlock | Upsample:
+    def up(self, channels: int) -> Resample:
         """A module that doubles the resolution."""
         residual = self.cfg.resblock_updown
         return self.res(channels, channels, "up") if residual else Upsample(channels)
 
-    def down(self, channels: int) -> Block:
-        """A block that halves the resolution."""
+    def down(self, channels: int) -> Resample:
+        """A module that halves the resolution."""
         residual = self.cfg.resblock_updown
-        resample = self.res(channels, channels, "down") if residual else Downsample(channels)
-        return Block(resample=resample, use_checkpoint=self.cfg.use_checkpoint)
+        return self.res(channels, channels, "down") if residual else Downsample(channels)
 
     def attention_at(self, level: int) -> bool:
         """Whether the feature map of ``level`` is one that the user named."""
         return self.cfg.size(level) in self.cfg.attention_resolutions
 
+    def text_at(self, level: int, attention: bool) -> bool:
+        """Whether a block of ``level`` reads the text; ``attention``: whether it has its own."""
+        sizes = self.cfg.cross_attention_resolutions
+        return attention if sizes == AUTO else self.cfg.size(level) in sizes
+
     def down_path(self) -> tuple[nn.ModuleList, list[int]]:
         """The blocks from the stem to the lowest level, and the channels of each skip."""
         channels = self.cfg.channels(0)
-        blocks, skips = nn.ModuleList(), [channels]
+        blocks, skips = nn.ModuleList(), [] if self.efficient else [channels]
         levels = len(self.cfg.resolved_channel_mult)
         for level in range(levels):
-            for _ in range(self.cfg.num_res_blocks):
-                blocks.append(self.block(channels, level, attention=self.attention_at(level)))
+            own = self.attention_at(level)
+            text = self.text_at(level, own)
+            for i in range(self.cfg.res_blocks(level)):
+                before = self.down(channels) if self.efficient and i == 0 else None
+                blocks.append(self.block(channels, level, attention=own, text=text, before=before))
                 channels = self.cfg.channels(level)
                 skips.append(channels)
-            if level < levels - 1:
-                blocks.append(self.down(channels))
+            if not self.efficient and level < levels - 1:
+                blocks.append(
+                    Block(resample=self.down(channels), use_checkpoint=self.cfg.use_checkpoint)
+                )
                 skips.append(channels)
         return blocks, skips
 
@@ -110,8 +130,9 @@ class BlockFactory:
         """The two blocks at the lowest level."""
         level = len(self.cfg.resolved_channel_mult) - 1
         channels = self.cfg.channels(level)
-        first = self.block(channels, level, attention=self.cfg.middle_attention)
-        return nn.ModuleList([first, self.block(channels, level, attention=False)])
+        own = self.cfg.middle_attention
+        first = self.block(channels, level, attention=own, text=self.text_at(level, own))
+        return nn.ModuleList([first, self.block(channels, level, attention=False, text=False)])
 
     def up_path(self, skips: list[int]) -> nn.ModuleList:
         """The blocks from the lowest level to the head; each reads one skip."""
@@ -119,13 +140,16 @@ class BlockFactory:
         levels = len(self.cfg.resolved_channel_mult)
         channels = self.cfg.channels(levels - 1)
         for level in reversed(range(levels)):
-            for i in range(self.cfg.num_res_blocks + 1):
-                last = level > 0 and i == self.cfg.num_res_blocks
+            own = self.attention_at(level)
+            count = self.cfg.res_blocks(level) + (0 if self.efficient else 1)
+            for i in range(count):
+                last = (self.efficient or level > 0) and i == count - 1
                 blocks.append(
                     self.block(
                         channels + waiting.pop(),
                         level,
-                        attention=self.attention_at(level),
+                        attention=own,
+                        text=self.text_at(level, own),
                         going_up=True,
                         resample=self.up(self.cfg.channels(level)) if last else None,
                     )
@@ -135,7 +159,7 @@ class BlockFactory:
 
 
 class UNet(nn.Module):
-    """ADM's U-Net.
+    """ADM's U-Net, or the Efficient U-Net.
 
     Args:
         cfg: its knobs.
@@ -154,6 +178,7 @@ class UNet(nn.Module):
     ) -> None:
         super().__init__()
         self.cfg = cfg
+        self._efficient = cfg.unet_layout == EFFICIENT
         factory = BlockFactory(cfg, text_dim)
         width, area = cfg.channels(0), cfg.patch_size**2
         self.time_embed = LevelEmbedding(cfg.num_channels, 4 * cfg.num_channels)
@@ -194,14 +219,15 @@ class UNet(nn.Module):
             text, bias = text.masked_fill(~mask[:, :, None], 0.0), padding_bias(mask)
         folded = F.pixel_unshuffle(x, self.cfg.patch_size)  # [B,in*p*p,H/p,W/p]
         h = self.stem(folded)
-        skips = [h]
+        skips = [] if self._efficient else [h]
         for block in self.down:
             h = block(h, embedding, text, bias)
             skips.append(h)
         for block in self.middle:
             h = block(h, embedding, text, bias)
         for block in self.up:
-            h = block(torch.cat([h, skips.pop()], dim=1), embedding, text, bias)
+            skip = skips.pop() * SKIP_SCALE if self._efficient else skips.pop()
+            h = block(torch.cat([h, skip], dim=1), embedding, text, bias)
         out = self.head(F.silu(self.norm(h)))  # [B,out*p*p,H/p,W/p]
         return F.pixel_shuffle(out, self.cfg.patch_size).to(x.dtype)
 

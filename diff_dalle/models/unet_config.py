@@ -5,7 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import AUTO, AutoFloat, AutoInt, Floats, Ints, knob, require
+from diff_dalle.knobs import (
+    AUTO,
+    AutoFloat,
+    AutoInt,
+    AutoInts,
+    Floats,
+    Ints,
+    OneOrInts,
+    knob,
+    require,
+    require_choice,
+)
+
+ADM, EFFICIENT = "adm", "efficient"
 
 # Channel multipliers by the size of the largest feature map. 64 to 512 are ADM's, 32 is
 # improved-diffusion's; 1024 and 16 continue the row. ADM's upsampler to 512 has a level less.
@@ -19,18 +32,32 @@ CHANNEL_MULT: dict[int, tuple[float, ...]] = {
     16: (1, 2, 2),
 }
 UPSAMPLER_CHANNEL_MULT: dict[int, tuple[float, ...]] = {512: (1, 1, 2, 2, 4, 4)}
+# Of the Efficient U-Net (Saharia et al. 2022, appendix B), at 256 and at 1024 pixels.
+EFFICIENT_CHANNEL_MULT: tuple[float, ...] = (1, 2, 4, 8)
 _ADM_HEADS = 4  # where neither their number nor their channels are given
 
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """Knobs of the U-Net. Level i works at image_size / patch_size / 2^i pixels."""
+    """Knobs of the U-Net.
+
+    Level i works at image_size / patch_size / 2^i pixels, in the efficient layout at half of
+    that: there the stem and the head alone see the full size.
+    """
 
     image_size: int = knob(64, "height and width of the generated image in pixels")
     num_channels: int = knob(128, "channels that channel_mult multiplies")
-    num_res_blocks: int = knob(2, "residual blocks a level on the way down (one more going up)")
-    channel_mult: Floats = knob((), "channel multiplier of each level; empty: ADM's by size")
+    unet_layout: str = knob(
+        ADM, "adm, or efficient: each level works at half the size, blocks weigh on the low levels"
+    )
+    num_res_blocks: OneOrInts = knob(
+        2, "residual blocks a level on the way down, one number or one a level (adm: one more up)"
+    )
+    channel_mult: Floats = knob((), "channel multiplier of each level; empty: the layout's own")
     attention_resolutions: Ints = knob((32, 16, 8), "feature-map sizes in pixels with attention")
+    cross_attention_resolutions: AutoInts = knob(
+        AUTO, "feature-map sizes in pixels that read the text; auto: those with attention"
+    )
     num_heads: int = knob(-1, "attention heads; -1: as many as num_head_channels gives")
     num_head_channels: AutoInt = knob(
         AUTO, "channels of one attention head; auto: 64, unless num_heads is given; -1: use it"
@@ -47,7 +74,8 @@ class UNetConfig:
     attention_positions: bool = knob(False, "tell every attention the place, by learned vectors")
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "num_channels", "num_res_blocks", "patch_size", "norm_groups"):
+        require_choice("unet_layout", self.unet_layout, (ADM, EFFICIENT))
+        for name in ("image_size", "num_channels", "patch_size", "norm_groups"):
             require(getattr(self, name) > 0, name, getattr(self, name), "be positive")
         for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
             value = getattr(self, name)
@@ -60,15 +88,31 @@ class UNetConfig:
         mults = self.resolved_channel_mult
         whole = all(mult > 0 and (mult * self.num_channels) % 1 == 0 for mult in mults)
         require(whole, "channel_mult", mults, "give whole numbers of channels")
+        self._check_res_blocks(len(mults))
+        known = [self.size(level) for level in range(len(mults))]
+        asked = self.cross_attention_resolutions
+        named = asked == AUTO or all(size in known for size in asked)
+        must = f"hold sizes of feature maps in pixels: {', '.join(map(str, known))}"
+        require(named, "cross_attention_resolutions", asked, must)
         fits = self.image_size % self.downsampling == 0
         must = f"be a multiple of {self.downsampling}, by --patch_size and --channel_mult's levels"
         require(fits, "image_size", self.image_size, must)
 
+    def _check_res_blocks(self, levels: int) -> None:
+        blocks = self.num_res_blocks
+        counts = (blocks,) if isinstance(blocks, int) else blocks
+        require(all(n > 0 for n in counts), "num_res_blocks", blocks, "be positive")
+        fits = isinstance(blocks, int) or len(blocks) == levels
+        must = f"be one number, or one for each of the {levels} levels of --channel_mult"
+        require(fits, "num_res_blocks", blocks, must)
+
     @property
     def resolved_channel_mult(self) -> tuple[float, ...]:
-        """``channel_mult``, or the table's entry for the largest feature map."""
+        """``channel_mult``, or the layout's own; ADM's is for the largest feature map."""
         if self.channel_mult:
             return self.channel_mult
+        if self.unet_layout == EFFICIENT:
+            return EFFICIENT_CHANNEL_MULT
         size = self.image_size // self.patch_size
         if size not in CHANNEL_MULT:
             raise UsageError(
@@ -77,16 +121,20 @@ class UNetConfig:
             )
         return CHANNEL_MULT[size]
 
-    def with_channel_mult(self, *, upsampler: bool) -> UNetConfig:
-        """The same knobs with ``channel_mult`` spelled out: ADM's upsamplers have one of their own.
+    def canonical(self, *, upsampler: bool) -> UNetConfig:
+        """The same network in one spelling: ``channel_mult`` stated, equal depths as one number.
+
+        ADM's upsamplers have multipliers of their own.
 
         Args:
             upsampler: whether the network has a low-resolution input.
         """
-        mult = self.resolved_channel_mult
-        if upsampler and not self.channel_mult:
+        mult, blocks = self.resolved_channel_mult, self.num_res_blocks
+        if upsampler and not self.channel_mult and self.unet_layout == ADM:
             mult = UPSAMPLER_CHANNEL_MULT.get(self.image_size // self.patch_size, mult)
-        return replace(self, channel_mult=mult)
+        if not isinstance(blocks, int) and len(set(blocks)) == 1:
+            blocks = blocks[0]
+        return replace(self, channel_mult=mult, num_res_blocks=blocks)
 
     @property
     def resolved_dropout(self) -> float:
@@ -106,7 +154,17 @@ class UNetConfig:
     @property
     def downsampling(self) -> int:
         """The factor between the image and the smallest feature map."""
-        return self.patch_size * 2 ** (len(self.resolved_channel_mult) - 1)
+        return self.patch_size * 2 ** (len(self.resolved_channel_mult) - 1 + self._halved_first)
+
+    @property
+    def _halved_first(self) -> int:
+        """Halvings of the size before the first level."""
+        return 1 if self.unet_layout == EFFICIENT else 0
+
+    def res_blocks(self, level: int) -> int:
+        """Residual blocks of ``level`` on the way down."""
+        blocks = self.num_res_blocks
+        return blocks if isinstance(blocks, int) else blocks[level]
 
     def channels(self, level: int) -> int:
         """Channels at ``level``."""
@@ -114,7 +172,7 @@ class UNetConfig:
 
     def size(self, level: int) -> int:
         """Height and width in pixels of the feature map at ``level``, for a full image."""
-        return self.image_size // self.patch_size // 2**level
+        return self.image_size // self.patch_size // 2 ** (level + self._halved_first)
 
     def heads(self, channels: int, *, going_up: bool) -> int:
         """Attention heads for that many channels."""

@@ -44,7 +44,7 @@ def _unet(text_dim: int | None = None, **flags: object) -> UNet:
     ],
 )
 def test_parameters_of_adm(flags: dict[str, int], in_channels: int, parameters: int) -> None:
-    cfg = UNetConfig(**flags).with_channel_mult(upsampler=in_channels == 6)
+    cfg = UNetConfig(**flags).canonical(upsampler=in_channels == 6)
     with torch.device("meta"):
         model = UNet(cfg, in_channels=in_channels)
     assert count_parameters(model) == parameters
