@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diff_dalle.cascade import Cascade
+from diff_dalle.cascade.consistency import describe_consistency
 from diff_dalle.cascade.share import draw_share, manifest_of, open_writer, request_of
 from diff_dalle.config import parse_sample_run
 from diff_dalle.distributed import (
@@ -42,10 +43,12 @@ def sample(argv: list[str]) -> None:
             )
             kept = [writer.kept, *all_gather_objects(share, world)]
             if world.is_main:
-                manifest = manifest_of(cascade, plan, request, cfg, kept)
+                manifest = manifest_of(cascade, plan, request, cfg, writer, kept)
                 captions = [prompt.text for prompt in request.prompts]
                 png, side = cfg.save_png, cfg.grid_size
-                print(*publish(writer, captions, manifest, grid_size=side, png=png), sep="\n")
+                told = describe_consistency(manifest["images"], cascade.sizes)
+                files = publish(writer, captions, manifest, grid_size=side, png=png)
+                print(*told, *files, sep="\n")
     stop(world)
 
 

@@ -1,5 +1,6 @@
 """The cascade: prompts in, pictures of every stage out."""
 
-from diff_dalle.cascade.cascade import Cascade, CascadeResult, Preview
+from diff_dalle.cascade.cascade import Cascade, Preview
+from diff_dalle.cascade.result import CascadeResult
 
 __all__ = ["Cascade", "CascadeResult", "Preview"]

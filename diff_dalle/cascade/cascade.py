@@ -17,50 +17,23 @@ from torch import Tensor
 
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.plan import Plan, make_plan
+from diff_dalle.cascade.result import CascadeResult
 from diff_dalle.cascade.stages import Stage, load_stages
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
+from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.previews import iterate
 from diff_dalle.sampling_io.prompts import Prompt, describe_cut
 from diff_dalle.sampling_io.store import Pictures
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.stage import to_uint8
+from diff_dalle.training.stage import from_uint8, to_uint8
 
 PerStage = str | float | Sequence[str | float]
 """One value for all stages, or one a stage."""
 StrPath = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class CascadeResult:
-    """Pictures of N prompts.
-
-    Attributes:
-        stages: uint8 [N,H,W,3] for each stage, smallest first.
-        candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
-    """
-
-    stages: list[Pictures]
-    candidates: list[int]
-
-    @classmethod
-    def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
-        """The pictures of several results of the same cascade, in order."""
-        return cls(
-            stages=[
-                np.concatenate(stage)
-                for stage in zip(*(result.stages for result in results), strict=True)
-            ],
-            candidates=[candidate for result in results for candidate in result.candidates],
-        )
-
-    @property
-    def images(self) -> list[Image.Image]:
-        """The pictures of the last stage."""
-        return [Image.fromarray(picture) for picture in self.stages[-1]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,12 +292,23 @@ class Cascade:
             prompts=prompts,
             on_step=on_step,
         )
-        start = None
-        if low_res is not None:
-            start = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [B,3,h,w]
+        start = None if low_res is None else self._start(low_res)
         pictures, candidates = drawing.draw(start)
         stages = [_to_numpy(picture) for picture in pictures]
-        return CascadeResult(stages=stages, candidates=candidates.tolist())
+        small = None if start is None else _to_numpy(start)
+        return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=small)
+
+    def enlarged(self, low_res: Pictures) -> Pictures:
+        """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
+        return _to_numpy(self._start(low_res))
+
+    def _start(self, low_res: Pictures) -> Tensor:
+        """`enlarged` as uint8 [N,3,h,w] on the device."""
+        small = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [N,3,h,w]
+        size = self.stages[0].small_size
+        if small.shape[-1] == size:
+            return small
+        return to_uint8(downsample(from_uint8(small), size))
 
     def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
         """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""

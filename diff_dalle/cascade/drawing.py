@@ -20,9 +20,8 @@ from diff_dalle.cascade.stages import Guide, Stage
 from diff_dalle.diffusion.guidance import similarity_gradient, time_of_other_process
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
-from diff_dalle.models.low_res import downsample
 from diff_dalle.training.precision import Precision
-from diff_dalle.training.stage import from_uint8, sample_stage, to_uint8
+from diff_dalle.training.stage import from_uint8, sample_stage
 
 OnStep = Callable[[int, int, Tensor], None]
 """(number of the stage, steps done in it, estimate of x_0 [B,3,H,W]) -> nothing."""
@@ -52,13 +51,11 @@ class Drawing:
         """The pictures of every stage.
 
         Args:
-            low_res: uint8 [B,3,h,w] where the first stage is an upsampler; larger pictures than
-                it enlarges are scaled down.
+            low_res: uint8 [B,3,h,w] where the first stage is an upsampler, of the size that it
+                enlarges.
         Returns:
             uint8 [B,3,H,W] for each stage, and the candidates that were kept, int64 [B].
         """
-        if low_res is not None and low_res.shape[-1] != self.stages[0].small_size:
-            low_res = to_uint8(downsample(from_uint8(low_res), self.stages[0].small_size))
         count, first = len(self.stages), self.plan.rerank_stage + 1
         if self.plan.rerank == 1:
             none = torch.zeros(len(self.prompts), dtype=torch.int64)

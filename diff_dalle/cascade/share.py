@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
+from diff_dalle.cascade.consistency import measure_stages
 from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
 from diff_dalle.sampling_io.config import SampleConfig
@@ -96,6 +97,7 @@ def manifest_of(
     plan: Plan,
     request: Request,
     cfg: SampleConfig,
+    writer: OutputWriter,
     kept: Sequence[Mapping[int, int]],
 ) -> dict[str, Any]:
     """What JSON says of a finished run: enough to draw every picture again.
@@ -105,11 +107,13 @@ def manifest_of(
         plan: how.
         request: what was to be drawn.
         cfg: the flags.
+        writer: holds all pictures.
         kept: tables that say of every index, in one of them, which candidate was kept.
     """
     candidates = {index: candidate for table in kept for index, candidate in table.items()}
     images = [
         {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
+        | {"consistency": _consistency_of(cascade, request, writer, n)}
         for n, prompt in enumerate(request.prompts)
     ]
     return {
@@ -118,6 +122,20 @@ def manifest_of(
         "notes": [*cascade.notes, *plan.notes(), *request.notes],
         "images": images,
     }
+
+
+def _consistency_of(
+    cascade: Cascade, request: Request, writer: OutputWriter, index: int
+) -> list[dict[str, float] | None]:
+    """How well each stage of one picture kept to what it enlarged; None for a base model.
+
+    It is read off the stored pictures, so that those from before an interruption count alike.
+    """
+    small = None
+    if request.low_res is not None:
+        small = cascade.enlarged(request.low_res[[index % len(request.low_res)]])
+    stages = [store.read(index)[None] for store in writer.stores]
+    return [part and part.to_json(0) for part in measure_stages(stages, small)]
 
 
 def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
