@@ -47,7 +47,8 @@ class Cond:
         mask: bool [B,L], True where a token is real.
         drop: bool [B], captions to replace by the learned null embedding; None: none of them.
         text: [B,L,D], the encoded tokens (then ``tokens`` is not read); see `Generator.encode`.
-        low_res: [B,3,h,w] in [-1, 1], already blurred and noised.
+        low_res: [B,3,h,w] in [-1, 1], already blurred and noised. It is stretched over the whole
+            of the noised image, each axis by itself: another aspect is not an error.
         aug_level: float [B] in [0, 1], the noise level of ``low_res``; None: 0.
     """
 
@@ -119,7 +120,7 @@ class Generator(nn.Module):
         """Predict from a noised image.
 
         Args:
-            x_t: [B,3,H,W].
+            x_t: [B,3,H,W]; H and W multiples of the U-Net's ``downsampling``, square or not.
             t: [B] timesteps, integer or float, 0 … 1000.
             cond: what the stage is told; a missing or needless field is a ValueError.
         Returns:

@@ -71,7 +71,9 @@ class UNetConfig:
     patch_size: int = knob(1, "pixels a side folded into channels at the stem; 1: none")
     middle_attention: bool = knob(True, "attention at the lowest resolution, between the paths")
     norm_groups: int = knob(32, "groups of every norm; fewer than the channels / 4 when narrow")
-    attention_positions: bool = knob(False, "tell every attention the place, by learned vectors")
+    attention_positions: bool = knob(
+        False, "tell every attention the place, by learned vectors; another size stretches them"
+    )
 
     def __post_init__(self) -> None:
         require_choice("unet_layout", self.unet_layout, (ADM, EFFICIENT))

@@ -17,7 +17,7 @@ PROMPTS = ["a red circle", "a star", "x"]
 
 def noise(count: int, height: int, width: int) -> np.ndarray:
     shape = (count, height, width, 3)
-    return np.random.default_rng(0).integers(0, 200, shape, np.uint8)
+    return np.random.default_rng(0).integers(0, 190, shape, np.uint8)
 
 
 def test_psnr_is_the_textbook_number() -> None:
@@ -34,7 +34,7 @@ def test_psnr_is_the_textbook_number() -> None:
 @pytest.mark.parametrize(("height", "width"), [(4, 4), (4, 6)])
 def test_a_picture_that_shrinks_to_its_input_is_perfect(height: int, width: int) -> None:
     """However its pixels differ inside each box; 17 pictures are more than one chunk."""
-    small = noise(17, height, width) + 20
+    small = noise(17, height, width) + 35
     output = small.repeat(2, axis=1).repeat(2, axis=2)
     output[:, ::2] += 20
     output[:, 1::2] -= 20
@@ -47,6 +47,9 @@ def test_a_picture_that_shrinks_to_its_input_is_perfect(height: int, width: int)
     assert np.delete(shifted.psnr, 3).tolist() == [100.0] * 16
     output[3, :, ::4] -= 10  # a quarter of the columns: half of a box in every second one
     assert measure(output, small).mean_abs[3] == pytest.approx(7.5, abs=1e-5)
+    output[4, :, :width] += 10
+    output[4, :, width:] -= 10
+    assert measure(output, small).mean_abs[4] == pytest.approx(10, abs=1e-5)  # not 0
     assert shifted.to_json(3) == {"psnr_db": 28.131, "mean_abs_levels": 10.0}
 
 
