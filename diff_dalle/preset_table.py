@@ -27,7 +27,7 @@ from diff_dalle.image_cost import (
 )
 from diff_dalle.models.clip import CLIPConfig
 from diff_dalle.models.cost import count_parameters, forward_flops, training_bytes
-from diff_dalle.models.generator import GeneratorConfig
+from diff_dalle.models.generator import Cond, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.presets import PRESETS
@@ -60,6 +60,8 @@ def preset_row(name: str) -> PresetRow:
     """Count a preset on the meta device, where nothing is computed."""
     kind, flags = PRESETS[name]
     vocabulary = ["--vocab_size", str(VOCABULARY)]
+    one: tuple[Tensor | Cond, ...]
+    many: tuple[Tensor | Cond, ...]
     with torch.device("meta"):
         if kind == GeneratorRun.kind:
             run = parse_run(GeneratorRun, ["--preset", name, *vocabulary])

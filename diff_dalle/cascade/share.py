@@ -135,7 +135,8 @@ def _consistency_of(
     if request.low_res is not None:
         small = cascade.enlarged(request.low_res[[index % len(request.low_res)]])
     stages = [store.read(index)[None] for store in writer.stores]
-    return [part and part.to_json(0) for part in measure_stages(stages, small)]
+    parts = measure_stages(stages, small)
+    return [None if part is None else part.to_json(0) for part in parts]
 
 
 def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,6 +206,19 @@ def test_checkpoints_from_before_the_layouts_are_adms() -> None:
     for name in ("unet_layout", "cross_attention_resolutions"):
         del old[name]
     assert from_flat(GeneratorRun, old) == run
+
+
+@pytest.mark.parametrize("depths", ["2,4,8,8", "[2, 4, 8, 8]"])
+def test_a_file_may_list_depths_and_sizes(depths: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    lines = ["image_size: 64", "unet_layout: efficient", f"num_res_blocks: {depths}"]
+    path.write_text("\n".join([*lines, "cross_attention_resolutions: [8, 4]"]))
+    unet = parse_run(GeneratorRun, ["--config", str(path)]).unet
+    assert unet.num_res_blocks == (2, 4, 8, 8)
+    assert unet.cross_attention_resolutions == (8, 4)
+    path.write_text("cross_attention_resolutions: auto\nnum_res_blocks: 3")
+    unet = parse_run(GeneratorRun, ["--config", str(path)]).unet
+    assert (unet.num_res_blocks, unet.cross_attention_resolutions) == (3, "auto")
 
 
 def test_depths_survive_a_checkpoints_configuration() -> None:
