@@ -17,7 +17,8 @@ from torch import Tensor
 
 from diff_dalle.cascade.plan import Plan, StagePlan
 from diff_dalle.cascade.stages import Guide, Stage
-from diff_dalle.diffusion.guidance import similarity_gradient, time_of_other_process
+from diff_dalle.diffusion import guidance
+from diff_dalle.diffusion.clip_guidance import clip_gradient, similarity, time_of_other_process
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.training.precision import Precision
@@ -125,7 +126,7 @@ class Drawing:
             tokens, mask = tokens.to(device), mask.to(device)
         return Cond(tokens=tokens, mask=mask, low_res=None if small is None else from_uint8(small))
 
-    def _guide(self, stage: Stage, plan: StagePlan) -> Callable[[Tensor, Tensor], Tensor] | None:
+    def _guide(self, stage: Stage, plan: StagePlan) -> guidance.Guide | None:
         """The gradient of classifier_scale * logit_scale * cos(image, text) by x_t.
 
         The logit scale makes it the gradient of the CLIP's own log p(text | x_t), up to the
@@ -141,10 +142,8 @@ class Drawing:
             with torch.autocast(x_t.device.type, enabled=False):  # fp16 gradients would vanish
                 return clip.encode_image(x_t.float(), time)
 
-        scale = plan.classifier_scale * float(clip.scale())
-        return similarity_gradient(
-            encode_image, self._text_features(stage.guide), scale, to_model_time
-        )
+        log_probability = similarity(self._text_features(stage.guide), float(clip.scale()))
+        return clip_gradient(encode_image, log_probability, plan.classifier_scale, to_model_time)
 
     @torch.no_grad()
     def _similarity(self, number: int, picture: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class GaussianDiffusion:
         """The steps whose noise level lies nearest, in log-SNR.
 
         With it a network trained on another schedule is asked at the right level, see
-        `guidance.time_of_other_process`.
+        `clip_guidance.time_of_other_process`.
 
         Args:
             alpha_bar: [B] in [0, 1].

@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diff_dalle.diffusion.clip_guidance import clip_gradient, similarity, time_of_other_process
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.guidance import (
-    Model,
-    classifier_free,
-    shift_mean,
-    shift_score,
-    similarity_gradient,
-    time_of_other_process,
-)
+from diff_dalle.diffusion.guidance import Model, classifier_free, shift_mean, shift_score
 from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
 
@@ -47,7 +41,8 @@ class Encoder(nn.Module):
 
 def guide_of(encoder: Encoder, scale: float = 1.0) -> tuple[Callable, Tensor]:
     text = F.normalize(torch.arange(15, dtype=torch.float64).reshape(3, 5).sin(), dim=-1)
-    return similarity_gradient(encoder, text, scale, COSINE.respace("10").model_time), text
+    told = COSINE.respace("10").model_time
+    return clip_gradient(encoder, similarity(text, 1.0), scale, told), text
 
 
 def test_the_gradient_points_uphill() -> None:
@@ -83,7 +78,8 @@ def test_guides_work_where_gradients_are_off_and_leave_the_encoder_alone() -> No
 def test_one_samples_gradient_does_not_depend_on_its_neighbours() -> None:
     encoder, x, t = Encoder(), images(0), torch.tensor([0, 4, 9])
     guide, text = guide_of(encoder)
-    alone = similarity_gradient(encoder, text[1:2], 1.0, COSINE.respace("10").model_time)
+    told = COSINE.respace("10").model_time
+    alone = clip_gradient(encoder, similarity(text[1:2], 1.0), 1.0, told)
     torch.testing.assert_close(alone(x[1:2], t[1:2])[0], guide(x, t)[1])
 
 
