@@ -1,4 +1,4 @@
-"""What a cascade drew.
+"""What a cascade hands out: finished pictures, and pictures on their way.
 
 N pictures, H W pixels, h w pixels of the stage before.
 """
@@ -51,3 +51,20 @@ class CascadeResult:
     def consistency(self) -> list[Consistency | None]:
         """For each stage, how well it kept to the pictures it enlarged; None for a base model."""
         return measure_stages(self.stages, self.low_res)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What the pictures look like on the way.
+
+    Attributes:
+        stage: number of the stage, from 0.
+        step: steps done in it, from 1; after the last one the images are the stage's result.
+        steps: steps that the stage takes.
+        images: one picture a prompt, the current estimate of x_0.
+    """
+
+    stage: int
+    step: int
+    steps: int
+    images: list[Image.Image]
