@@ -47,10 +47,12 @@ def log_softmax_in_set(
         others: [K,E].
         used: bool [B,K], False where a caption of the set is the sample's own.
     """
+    others = F.normalize(others, dim=-1)
 
     def log_probability(features: Tensor) -> Tensor:
         own = similarity(text_features, logit_scale)(features)  # [B]
-        cosines = F.normalize(features, dim=-1) @ F.normalize(others, dim=-1).T  # [B,K]
+        # Row by row: a product of matrices rounds differently for another batch size.
+        cosines = torch.stack([others @ row for row in F.normalize(features, dim=-1)])  # [B,K]
         logits = (logit_scale * cosines).masked_fill(~used, -torch.inf)
         return own - torch.logsumexp(torch.cat([own[:, None], logits], dim=1), dim=1)
 

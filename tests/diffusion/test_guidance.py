@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from diff_dalle.diffusion.clip_guidance import clip_gradient, similarity, time_of_other_process
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.guidance import Model, classifier_free, shift_mean, shift_score
+from diff_dalle.diffusion.guidance import Model, classifier_free, rescaled, shift_mean, shift_score
 from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
 
@@ -140,6 +141,47 @@ def test_classifier_free_scales() -> None:
     assert torch.equal(three[:, 3:], c[:, 3:])  # the variance is the conditional model's
     all_channels = classifier_free(both, 3.0, False)(x, T)
     torch.testing.assert_close(all_channels, 3 * c - 2 * u)
+
+
+def test_rescaling_gives_the_standard_deviation_back() -> None:
+    """Lin et al. 2024, section 3.4, in numpy."""
+    guided, wanted = images(0) * 4 + 1, images(1) * 0.7
+    for phi in (0.0, 0.3, 1.0):
+        found = rescaled(guided, wanted, phi)
+        for n in range(3):
+            x, x_c = guided[n].numpy(), wanted[n].numpy()
+            taken_back = x * x_c.std() / x.std()
+            np.testing.assert_allclose(found[n].numpy(), phi * taken_back + (1 - phi) * x)
+    torch.testing.assert_close(rescaled(guided, wanted, 1.0).std((1, 2, 3)), wanted.std((1, 2, 3)))
+    flat = torch.ones_like(guided)
+    assert torch.equal(rescaled(flat, wanted, 1.0), flat)
+
+
+def test_guided_predictions_are_rescaled_and_variances_are_not() -> None:
+    x = images(0)
+    c, both = cond(x, T), side_by_side(cond, uncond)
+    plain = classifier_free(both, 3.0, True)(x, T)
+    found = classifier_free(both, 3.0, True, rescale=0.7)(x, T)
+    torch.testing.assert_close(found[:, :3], rescaled(plain[:, :3], c[:, :3], 0.7))
+    assert torch.equal(found[:, 3:], c[:, 3:]) and not torch.allclose(found[:, :3], plain[:, :3])
+
+
+def test_each_sample_of_a_batch_has_the_scale_of_its_time() -> None:
+    """Both branches are asked as soon as one sample needs them."""
+    x, both = images(0), side_by_side(cond, uncond)
+    scales = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    found = classifier_free(both, lambda time: scales, True, model_cond=cond)(x, T)
+    for n, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(found[n], classifier_free(both, scale, True)(x, T)[n])
+
+
+def test_scales_stay_precise_beside_half_precision() -> None:
+    x = images(0).to(torch.bfloat16)
+    both = side_by_side(cond, uncond)
+    found = classifier_free(both, 1.337, False)(x, T)
+    c, u = cond(x, T).double(), uncond(x, T).double()
+    torch.testing.assert_close(found.double(), u + 1.337 * (c - u), rtol=0.005, atol=0.05)
+    assert found.dtype == torch.float32
 
 
 def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
