@@ -35,14 +35,16 @@ def read_contrast(option: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     if option == NO_CONTRAST:
         return []
     found = list(prompts) if option == ALL_PROMPTS else _read_file(option)
-    captions = {prompt.text: prompt for prompt in reversed(found)}  # the first of equal ones
+    captions: dict[str, Prompt] = {}
+    for caption in found:
+        captions.setdefault(caption.text, caption)
     for prompt in prompts:
         if captions.keys() <= {prompt.text}:
             raise UsageError(
                 f"--contrast {option} holds no caption to tell {prompt.source} from: give a file "
                 f"with others, one a line, or {NO_CONTRAST}"
             )
-    return list(captions.values())[::-1]
+    return list(captions.values())
 
 
 def _read_file(path: str) -> list[Prompt]:

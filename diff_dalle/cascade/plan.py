@@ -101,7 +101,7 @@ class Plan:
     def notes(self) -> list[str]:
         """What the user should know of these settings."""
         notes = []
-        if any(part.settings.use_ddim and part.classifier_scale for part in self.stages):
+        if any(part.settings.use_ddim and part.classifier_evaluations for part in self.stages):
             notes.append(
                 "--use_ddim True beside a CLIP: its gradient leads DDIM far off where noise is "
                 "near total and can ruin a picture even at scale 1; DDPM follows it well"
