@@ -51,8 +51,10 @@ def log_softmax_in_set(
 
     def log_probability(features: Tensor) -> Tensor:
         own = similarity(text_features, logit_scale)(features)  # [B]
-        # Row by row: a product of matrices rounds differently for another batch size.
-        cosines = torch.stack([others @ row for row in F.normalize(features, dim=-1)])  # [B,K]
+        # In full precision: half a digit of a cosine is a lot once logit_scale multiplies it.
+        with torch.autocast(features.device.type, enabled=False):
+            # Row by row: a product of matrices rounds differently for another batch size.
+            cosines = torch.stack([others @ row for row in F.normalize(features, dim=-1)])  # [B,K]
         logits = (logit_scale * cosines).masked_fill(~used, -torch.inf)
         return own - torch.logsumexp(torch.cat([own[:, None], logits], dim=1), dim=1)
 

@@ -77,6 +77,15 @@ def test_a_set_tells_from_its_neighbours() -> None:
     assert float(gradient(within, x=at_the_text)) < -0.1
 
 
+def test_a_set_is_weighed_in_full_precision_beside_half_precision() -> None:
+    """Generators compute in halves around it."""
+    x = feature(X).float()
+    log_p = log_softmax_in_set(feature(OWN).float(), 100.0, feature(SET).float(), USED)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = log_p(x)
+    torch.testing.assert_close(found, log_p(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_picture_does_not_depend_on_its_batch(dtype: torch.dtype) -> None:
     """Bit for bit."""
