@@ -51,7 +51,7 @@ def log_softmax_in_set(
 
     def log_probability(features: Tensor) -> Tensor:
         own = similarity(text_features, logit_scale)(features)  # [B]
-        # In full precision: half a digit of a cosine is a lot once logit_scale multiplies it.
+        # In full precision: logit_scale multiplies a cosine by up to 100, and halves hold 3 digits.
         with torch.autocast(features.device.type, enabled=False):
             # Row by row: a product of matrices rounds differently for another batch size.
             cosines = torch.stack([others @ row for row in F.normalize(features, dim=-1)])  # [B,K]
