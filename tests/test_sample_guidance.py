@@ -111,7 +111,7 @@ def test_guidance_is_part_of_what_makes_a_command_the_same(
         request(classifier_interval=["0.3,5"]),
         request(classifier_schedule=["linear"]),
     }
-    captions.write_text("a star\nanother\n")  # the same file name
+    captions.write_text("another\n")  # the same file name
     others.add(request())
     assert len(others) == 8 and first not in others
 
