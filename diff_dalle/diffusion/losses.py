@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
 from diff_dalle.knobs import knob, require, require_choice
 
 UNIFORM = "uniform"
@@ -160,13 +160,16 @@ def vb_terms_bpd(
     x_0: Tensor,
     x_t: Tensor,
     t: Tensor,
+    *,
+    clip: Clip = False,
 ) -> Tensor:
     """One term of the variational bound, bits per dimension, [B] (Ho et al. 2020, eq. 5).
 
     KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) for t > 0, and -log p(x_0 | x_1) at t = 0.
+    ``clip`` is what happens to the estimate of x_0, see `gaussian.Clip`.
     """
     true = diffusion.q_posterior(x_0, x_t, t)
-    model = diffusion.posterior(model_output, x_t, t, clip=False)
+    model = diffusion.posterior(model_output, x_t, t, clip=clip)
     kl = normal_kl(true.mean, true.log_var, model.mean, model.log_var)  # [B,C,H,W]
     nll = -discretized_gaussian_log_likelihood(x_0, model.mean, 0.5 * model.log_var)
     nats = torch.where(t == 0, _mean_per_sample(nll), _mean_per_sample(kl))  # [B]
