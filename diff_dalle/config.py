@@ -285,12 +285,22 @@ class SampleRun:
 
 def parse_sample_run(argv: Sequence[str]) -> SampleRun:
     """The run that a command line of ``sample.py`` asks for."""
-    own = {field.name for field in dataclasses.fields(SampleConfig)}
-    # What the loss was is stated by habit, and changes nothing in sampling.
-    values = Parser([SampleConfig], optional=(*_SHAPING, LossConfig)).parse(argv)
-    sample = SampleConfig(**{name: value for name, value in values.items() if name in own})
-    stated = {name: value for name, value in values.items() if name not in own}
+    sample, stated = parse_with_stated(SampleConfig, argv)
     return SampleRun(sample=sample, stated=stated)
+
+
+def parse_with_stated(
+    section: type[Section], argv: Sequence[str]
+) -> tuple[Section, dict[str, Any]]:
+    """A configuration class of a command's own, and the architecture flags stated all the same.
+
+    They are for `loading.check_stated`.
+    """
+    own = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    # What the loss was is stated by habit, and changes nothing once the weights are there.
+    values = Parser([section], optional=(*_SHAPING, LossConfig)).parse(argv)
+    stated = {name: value for name, value in values.items() if name not in own}
+    return section(**{name: value for name, value in values.items() if name in own}), stated
 
 
 def _defaults(run_class: type) -> dict[str, Any]:
