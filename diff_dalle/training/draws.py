@@ -30,6 +30,7 @@ class Stream(IntEnum):
     NOISE_OFFSET = 9
     PERTURBATION = 10
     HELD_OUT = 100  # and upwards, two streams a timestep quartile
+    LIKELIHOOD = 1000  # and upwards, one stream a step
 
 
 def timestep(seed: Tensor) -> Tensor:
@@ -65,6 +66,11 @@ def held_out(
     # quartile + u may round up to the next quarter.
     last = max(0, -(-(quartile + 1) * steps // 4) - 1)
     return t.clamp(max=last), keyed_noise.normal(seed, shape, first + 1)
+
+
+def likelihood(seed: Tensor, shape: tuple[int, ...], step: int) -> Tensor:
+    """eps of one step of the base process, for the variational bound: f32 [B, *shape]."""
+    return keyed_noise.normal(seed, shape, Stream.LIKELIHOOD + step)
 
 
 def caption_drop(seed: Tensor, probability: float) -> Tensor:
