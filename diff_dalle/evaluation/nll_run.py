@@ -55,7 +55,7 @@ class NllConfig:
         None, "folder for the report (default: $OPENAI_LOGDIR, else a new temporary folder)"
     )
     device: str = knob(AUTO, "auto, cpu or cuda")
-    # bf16 rounds an x_0 near 1 by up to a quarter of a grey level, which late steps count.
+    # bf16 rounds an x_0 near 1 by up to a quarter of a grey level: it costs bits at low noise.
     precision: str = knob("fp32", "fp32, fp16, bf16 or auto; less than fp32 costs bits")
     use_fp16: bool = knob(False, "the same as --precision fp16")
 
