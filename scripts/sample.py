@@ -45,10 +45,9 @@ def sample(argv: list[str]) -> None:
             kept = [writer.kept, *all_gather_objects(share, world)]
             if world.is_main:
                 manifest = manifest_of(cascade, plan, request, cfg, writer, kept)
-                captions = [prompt.text for prompt in request.prompts]
                 png, side = cfg.save_png, cfg.grid_size
                 told = describe_consistency(manifest["images"], cascade.sizes)
-                files = publish(writer, captions, manifest, grid_size=side, png=png)
+                files = publish(writer, request.texts, manifest, grid_size=side, png=png)
                 print(*told, *files, sep="\n")
     stop(world)
 

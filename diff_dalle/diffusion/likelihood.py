@@ -67,7 +67,7 @@ def variational_bound(
         t = torch.full((len(x_0),), step, device=x_0.device)
         eps = noise(int(diffusion.schedule.timestep_map[step]), x_0)
         x_t = diffusion.add_noise(x_0, t, eps)
-        output = model(x_t, diffusion.model_time(t))
+        output = model(diffusion.model_input(x_t, t), diffusion.model_time(t))
         found.append(_terms(diffusion, output, x_0, x_t, t, eps, clip))
         if callback is not None:
             callback()

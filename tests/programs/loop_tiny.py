@@ -25,8 +25,6 @@ from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training.classifier_task import ClassifierTask, ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig
 from diff_dalle.training.loop import Data, RunRecord, TrainConfig, train
-
-from diff_dalle.training.loop import RunRecord, TrainConfig
 from diff_dalle.training.metrics import Meter
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import Precision, PrecisionConfig
