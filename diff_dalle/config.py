@@ -17,21 +17,22 @@ import torch
 
 from diff_dalle.data.dataset import DataConfig
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.losses import LossConfig
+from diff_dalle.diffusion.losses import UNIFORM, LossConfig
 from diff_dalle.diffusion.schedule import NoiseConfig, ProcessConfig, Schedule
 from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.flags import Parser, parse_with_sources
-from diff_dalle.knobs import Floats, Ints, require
+from diff_dalle.knobs import COMMA_LISTS, require
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
 from diff_dalle.models.generator import Generator, GeneratorConfig, check_sizes
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.training.classifier_task import ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTaskConfig
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import PrecisionConfig
+from diff_dalle.training.previews import PreviewConfig
 from diff_dalle.training.resume import RunRecord
 from diff_dalle.training.run_data import RunData
 from diff_dalle.training.train_config import TrainConfig
@@ -52,6 +53,7 @@ class GeneratorRun:
     optim: OptimConfig
     precision: PrecisionConfig
     train: TrainConfig
+    previews: PreviewConfig
 
     kind = "generator"
 
@@ -61,6 +63,7 @@ class GeneratorRun:
         sensible = not residual or (upsampler and self.process.resolved_prediction == "x0")
         must = "go with an upsampler (--small_size) and --prediction x0"
         require(sensible, "low_res_residual", residual, must)
+        _check_objective(self.process, self.loss, self.task)
         _check_rate(self.optim, self.train)
 
     @property
@@ -106,6 +109,16 @@ class ClassifierRun:
         return self.clip.text_half()
 
 
+def _check_objective(process: ProcessConfig, loss: LossConfig, task: GeneratorTaskConfig) -> None:
+    """Refuse parts of an objective that undo each other."""
+    untrained = process.zero_terminal_snr and loss.loss_weighting != UNIFORM
+    must = "be uniform with --zero_terminal_snr: others give the last step, noise alone, weight 0"
+    require(not untrained, "loss_weighting", loss.loss_weighting, must)
+    aimless = loss.use_kl and task.input_perturbation > 0
+    must = "be 0 with --use_kl: the bound of a noisier x_t asks for all of its noise"
+    require(not aimless, "input_perturbation", task.input_perturbation, must)
+
+
 def _check_rate(optim: OptimConfig, train: TrainConfig) -> None:
     """Refuse to train on at a rate of 0."""
     last = optim.lr_anneal_steps
@@ -128,6 +141,9 @@ _RETIRED: dict[str, tuple[str, ...]] = {
         "sigma_small",
         "use_kl",
         "rescale_learned_sigmas",
+        "sample_interval",
+        "num_preview",
+        "validation_prompts",
     )
 }
 
@@ -176,7 +192,8 @@ def from_flat(run_class: type[Run], flat: Mapping[str, Any]) -> Run:
         values = {key: left.pop(key) for key in own if key in left}
         tuples = _tuple_fields(section)
         for key, value in values.items():
-            values[key] = tuple(value) if key in tuples else value
+            listed = key in tuples and isinstance(value, list)
+            values[key] = tuple(value) if listed else value
         sections[name] = section(**values)
     if left:
         raise UsageError(
@@ -195,7 +212,7 @@ def canonical(run: Run) -> Run:
             prediction=run.process.resolved_prediction,
             predict_xstart=False,
         )
-        unet = run.unet.with_channel_mult(upsampler=run.generator.small_size > 0)
+        unet = run.unet.canonical(upsampler=run.generator.small_size > 0)
         return dataclasses.replace(run, process=process, unet=unet)
     mult = run.clip.image_half().resolved_channel_mult
     clip = dataclasses.replace(run.clip, classifier_channel_mult=mult)
@@ -205,16 +222,22 @@ def canonical(run: Run) -> Run:
 
 def make_diffusion(run: GeneratorRun | ClassifierRun) -> GaussianDiffusion:
     """The noise process that a run trains on."""
-    schedule = Schedule.make(run.process.noise_schedule, run.process.diffusion_steps)
+    schedule = Schedule.make(
+        run.process.noise_schedule,
+        run.process.diffusion_steps,
+        shift=run.process.schedule_shift,
+        zero_terminal_snr=run.process.zero_terminal_snr,
+    )
     rescale = run.process.rescale_timesteps
-    if isinstance(run, ClassifierRun):  # it sees noise, and takes none away
-        return GaussianDiffusion(schedule, rescale_timesteps=rescale)
+    if isinstance(run, ClassifierRun):  # it sees noise, and predicts nothing
+        return GaussianDiffusion(schedule, prediction="x0", rescale_timesteps=rescale)
     fixed = "fixed_small" if run.process.sigma_small else "fixed_large"
     return GaussianDiffusion(
         schedule,
         prediction=run.process.prediction,
         variance="learned_range" if run.generator.learn_sigma else fixed,
         rescale_timesteps=rescale,
+        sigma_data=run.process.sigma_data,
     )
 
 
@@ -262,12 +285,22 @@ class SampleRun:
 
 def parse_sample_run(argv: Sequence[str]) -> SampleRun:
     """The run that a command line of ``sample.py`` asks for."""
-    own = {field.name for field in dataclasses.fields(SampleConfig)}
-    # What the loss was is stated by habit, and changes nothing in sampling.
-    values = Parser([SampleConfig], optional=(*_SHAPING, LossConfig)).parse(argv)
-    sample = SampleConfig(**{name: value for name, value in values.items() if name in own})
-    stated = {name: value for name, value in values.items() if name not in own}
+    sample, stated = parse_with_stated(SampleConfig, argv)
     return SampleRun(sample=sample, stated=stated)
+
+
+def parse_with_stated(
+    section: type[Section], argv: Sequence[str]
+) -> tuple[Section, dict[str, Any]]:
+    """A configuration class of a command's own, and the architecture flags stated all the same.
+
+    They are for `loading.check_stated`.
+    """
+    own = {field.name for field in dataclasses.fields(section)}  # type: ignore[arg-type]
+    # What the loss was is stated by habit, and changes nothing once the weights are there.
+    values = Parser([section], optional=(*_SHAPING, LossConfig)).parse(argv)
+    stated = {name: value for name, value in values.items() if name not in own}
+    return section(**{name: value for name, value in values.items() if name in own}), stated
 
 
 def _defaults(run_class: type) -> dict[str, Any]:
@@ -286,6 +319,6 @@ def _sections(run_class: type) -> dict[str, type]:
 
 
 def _tuple_fields(section: type) -> set[str]:
-    """The fields that JSON and YAML turn into lists."""
+    """The fields whose tuples JSON and YAML turn into lists."""
     hints = typing.get_type_hints(section)
-    return {name for name, hint in hints.items() if hint in (Floats, Ints)}
+    return {name for name, hint in hints.items() if hint in COMMA_LISTS}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from diff_dalle.errors import UsageError
-from diff_dalle.knobs import Floats, Ints, Table, knob, nearest
+from diff_dalle.knobs import COMMA_LISTS, Table, knob, nearest
 from diff_dalle.presets import PRESETS
 
 
@@ -154,7 +154,7 @@ def _as_flag(action: argparse.Action, value: Any) -> Any:
     texts = [str(part) for part in several]
     if action.nargs in ("*", "+"):
         return texts
-    if action.type not in (Ints, Floats) and several is value:
+    if action.type not in COMMA_LISTS and several is value:
         raise TypeError
     return action.type(",".join(texts)) if callable(action.type) else value
 

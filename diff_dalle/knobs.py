@@ -20,6 +20,8 @@ AUTO = "auto"
 if TYPE_CHECKING:
     Ints = tuple[int, ...]
     Floats = tuple[float, ...]
+    OneOrInts = int | tuple[int, ...]
+    AutoInts = tuple[int, ...] | str
     AutoInt = int | str
     AutoFloat = float | str
     Table = dict[str, Any]
@@ -36,6 +38,18 @@ else:
 
         def __new__(cls, text: str) -> tuple[float, ...]:
             return tuple(float(part) for part in text.split(",") if part.strip())
+
+    class OneOrInts:
+        """``"3"`` -> ``3``, which stands for all; ``"2,4,8"`` -> ``(2, 4, 8)``, one each."""
+
+        def __new__(cls, text: str) -> int | tuple[int, ...]:
+            return Ints(text) if "," in text else int(text)
+
+    class AutoInts:
+        """As `Ints`, or ``"auto"``."""
+
+        def __new__(cls, text: str) -> tuple[int, ...] | str:
+            return text if text == AUTO else Ints(text)
 
     class AutoInt:
         """An integer, or ``"auto"``."""
@@ -57,6 +71,10 @@ else:
             if not isinstance(table, dict):
                 raise ValueError(text)
             return table
+
+
+COMMA_LISTS = (Ints, Floats, OneOrInts, AutoInts)
+"""Converters whose value may be a tuple; files may spell it as a list."""
 
 
 def knob(default: Any, help: str, *, aliases: Sequence[str] = ()) -> Any:

@@ -18,11 +18,18 @@ from diff_dalle.config import (
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import ProcessConfig
 from diff_dalle.diffusion.timesteps import TimestepConfig
+from diff_dalle.image_cost import (
+    BASE_STEPS,
+    CASCADES,
+    UPSAMPLER_STEPS,
+    cost_table,
+    generator_inputs,
+)
 from diff_dalle.models.clip import CLIPConfig
 from diff_dalle.models.cost import count_parameters, forward_flops, training_bytes
 from diff_dalle.models.generator import Cond, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.presets import PRESETS
 
 VOCABULARY = 32_768  # tokens that every text encoder is counted with
@@ -53,11 +60,14 @@ def preset_row(name: str) -> PresetRow:
     """Count a preset on the meta device, where nothing is computed."""
     kind, flags = PRESETS[name]
     vocabulary = ["--vocab_size", str(VOCABULARY)]
+    one: tuple[Tensor | Cond, ...]
+    many: tuple[Tensor | Cond, ...]
     with torch.device("meta"):
         if kind == GeneratorRun.kind:
             run = parse_run(GeneratorRun, ["--preset", name, *vocabulary])
             module: torch.nn.Module = make_generator(run)
-            one, many = (_generator_inputs(run, n) for n in (1, _at_once(run)))
+            size = run.task.crop_size or run.image_size
+            one, many = (generator_inputs(run, batch=n, size=size) for n in (1, _at_once(run)))
         else:
             clip_run = parse_run(ClassifierRun, ["--preset", name, *vocabulary])
             module = make_classifier(clip_run)
@@ -97,6 +107,7 @@ def preset_table() -> str:
         lines.append(f"| `{row.name}` | {costs} | none |")
     large = sum(row.parameters for row in rows if row.name.startswith("diff-dalle-"))
     lines += ["", f"The four `diff-dalle-*` presets add up to {large:,} parameters.", ""]
+    lines += _cascade_lines()
     for row in rows:
         lines += [f"## {row.name}", "", "```"]
         names = ("MODEL_FLAGS", "DIFFUSION_FLAGS", "TRAIN_FLAGS")
@@ -109,19 +120,23 @@ def _at_once(run: GeneratorRun | ClassifierRun) -> int:
     return run.train.batch_size if run.train.microbatch < 1 else run.train.microbatch
 
 
-def _generator_inputs(run: GeneratorRun, batch: int) -> tuple[Tensor | Cond, ...]:
-    size, small = run.task.crop_size or run.image_size, run.generator.small_size
-    cond = Cond()
-    if run.generator.cond_text:
-        tokens = torch.zeros(batch, run.text.text_length, dtype=torch.int64)
-        cond = Cond(tokens=tokens, mask=tokens == 0)
-    if small:
-        low = size * small // run.image_size
-        cond = dataclasses.replace(cond, low_res=torch.zeros(batch, 3, low, low))
-    return torch.zeros(batch, 3, size, size), torch.zeros(batch), cond
+def _cascade_lines() -> list[str]:
+    """The section on what an image costs."""
+    upsamplers = " and ".join(map(str, UPSAMPLER_STEPS))
+    lines = [
+        "## What an image costs",
+        "",
+        f"Counted for whole pictures with {BASE_STEPS} guided steps (two evaluations each), then "
+        f"{upsamplers} unguided ones. A caption is encoded once a stage, which the "
+        "last column includes; a noised CLIP would come on top.",
+        "",
+    ]
+    for name in CASCADES:
+        lines += [*cost_table(name, VOCABULARY), ""]
+    return lines
 
 
-def _clip_inputs(run: ClassifierRun, batch: int) -> tuple[Tensor | Cond, ...]:
+def _clip_inputs(run: ClassifierRun, batch: int) -> tuple[Tensor, ...]:
     tokens = torch.zeros(batch, run.clip.text_length, dtype=torch.int64)
     image = torch.zeros(batch, 3, run.image_size, run.image_size)
     return image, torch.zeros(batch), tokens, tokens == 0

@@ -37,6 +37,7 @@ _TINY: Flags = {
     "ema_rate": "0.999",
 }
 _UPSAMPLER: Flags = {"gaussian_blur": True, "noise_schedule": "linear"}
+_EFFICIENT: Flags = {"unet_layout": "efficient", "resblock_updown": False}
 
 PRESETS: dict[str, tuple[str, Flags]] = {
     "tiny-64": (
@@ -235,8 +236,11 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             **_UPSAMPLER,
             "image_size": 256,
             "small_size": 64,
-            "num_channels": 192,
-            "num_res_blocks": 2,
+            **_EFFICIENT,
+            "num_channels": 128,
+            "channel_mult": "1,2,4,6",
+            "num_res_blocks": "2,4,8,4",
+            "attention_resolutions": "16",
             "enc_attn_dim": 768,
             "enc_depth": 12,
             "lr": 1e-4,
@@ -251,9 +255,9 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "image_size": 1024,
             "small_size": 256,
             "crop_size": 256,
-            "num_channels": 128,
-            "num_res_blocks": 2,
-            "channel_mult": "1,1,2,2,4,4",
+            **_EFFICIENT,
+            "num_channels": 64,
+            "num_res_blocks": "2,4,8,8",
             "attention_resolutions": "",
             "middle_attention": False,
             "enc_attn_dim": 512,

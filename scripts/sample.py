@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diff_dalle.cascade import Cascade
+from diff_dalle.cascade.consistency import describe_consistency
 from diff_dalle.cascade.share import draw_share, manifest_of, open_writer, request_of
 from diff_dalle.config import parse_sample_run
 from diff_dalle.distributed import (
@@ -25,7 +26,7 @@ def sample(argv: list[str]) -> None:
     cascade = Cascade.load(cfg.model_path, cfg.classifier_path, world.device, precision, warn=False)
     check_stated(run.stated, cascade.models)
     request = request_of(cascade, cfg)
-    plan = cascade.plan(cfg, request.low_res)
+    plan = cascade.plan(cfg, request.low_res, request.contrast_texts)
     folder = broadcast_object(make_output_folder(cfg.log_dir) if world.is_main else None, world)
     assert folder is not None
     with errors_to(folder, world):
@@ -34,7 +35,8 @@ def sample(argv: list[str]) -> None:
         assert writer is not None
         writer.require_shared()
         if world.is_main:
-            notes = [*writer.notes(), *cascade.notes, *request.notes]
+            notes = [*writer.notes(), *cascade.notes, *plan.notes(), *request.notes]
+            notes.append(plan.describe_cost(cascade.sizes))
             print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
         with writer.session(world.rank):
             share = draw_share(
@@ -42,10 +44,11 @@ def sample(argv: list[str]) -> None:
             )
             kept = [writer.kept, *all_gather_objects(share, world)]
             if world.is_main:
-                manifest = manifest_of(cascade, plan, request, cfg, kept)
-                captions = [prompt.text for prompt in request.prompts]
+                manifest = manifest_of(cascade, plan, request, cfg, writer, kept)
                 png, side = cfg.save_png, cfg.grid_size
-                print(*publish(writer, captions, manifest, grid_size=side, png=png), sep="\n")
+                told = describe_consistency(manifest["images"], cascade.sizes)
+                files = publish(writer, request.texts, manifest, grid_size=side, png=png)
+                print(*told, *files, sep="\n")
     stop(world)
 
 

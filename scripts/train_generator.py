@@ -43,7 +43,9 @@ def train_generator(argv: list[str]) -> None:
         microbatch=run.train.microbatch,
     )
     record = make_record(run, data)
-    train(task, data.batches, run.train, run.optim, record=record, world=world)
+    train(
+        task, data.batches, run.train, run.optim, previews=run.previews, record=record, world=world
+    )
 
 
 def main() -> None:

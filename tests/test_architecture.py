@@ -33,7 +33,8 @@ ARROWS = {
     "config": {"flags", "training", "sampling_io", "models", "diffusion", "data"},
     "loading": {"config", "training", "models", "diffusion", "data"},
     "conversion": {"config", "training", "models"},
-    "preset_table": {"config", "presets", "models", "diffusion"},
+    "image_cost": {"config", "models"},
+    "preset_table": {"config", "image_cost", "presets", "models", "diffusion"},
     "cascade": {"loading", "config", "training", "sampling_io", "models", "diffusion", "data"},
     "evaluation": {
         "cascade",
@@ -200,3 +201,6 @@ def test_models_hparams_is_printed_not_typed() -> None:
         row = table.preset_row(name)
         costs = f"{row.parameters:,} | {row.gflops:,.2f} | {row.gibibytes:,.1f}"
         assert f"| `{name}` | {costs} | none |" in text
+    cost = importlib.import_module("diff_dalle.image_cost")
+    for name in ("tiny", "diff-dalle"):
+        assert "\n".join(cost.cost_table(name, table.VOCABULARY)) in text

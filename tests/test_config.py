@@ -164,6 +164,7 @@ def test_lists_and_aliases() -> None:
         (["--preset"], "--preset: expected one argument"),
         (["--preset", "base-clip"], "is no generator preset"),
         (["--small_size", "48"], "small_size"),
+        (["--noise_schedule", "flow"], "--prediction is 'eps': it must be x0, v, edm or flow"),
         (["--config", "missing.yaml"], "missing.yaml cannot be read"),
         (["stray"], "unknown argument stray"),
     ],
@@ -330,6 +331,9 @@ RETIRED = {
     "sigma_small": True,
     "use_kl": False,
     "rescale_learned_sigmas": False,
+    "sample_interval": 500,
+    "num_preview": 2,
+    "validation_prompts": None,
 }
 
 
@@ -337,8 +341,9 @@ def test_a_classifier_takes_only_flags_that_it_reads() -> None:
     run = parse_run(ClassifierRun, [])
     assert not RETIRED.keys() & to_flat(run).keys()
     assert {"noise_schedule", "rescale_timesteps", "schedule_sampler"} <= to_flat(run).keys()
-    with pytest.raises(UsageError, match="unknown argument --prediction"):
-        parse_run(ClassifierRun, ["--prediction", "x0"])
+    for flag in RETIRED:
+        with pytest.raises(UsageError, match=f"unknown argument --{flag}"):
+            parse_run(ClassifierRun, [f"--{flag}", "1"])
 
 
 def test_a_classifier_from_before_goes_on() -> None:

@@ -47,6 +47,7 @@ def test_a_run_that_fails_goes_on_where_it_was(
 ) -> None:
     """Bit for bit, with the candidates that were chosen before; what else lies there stays."""
     (tmp_path / "config.json").write_text("a training run's")
+    two_stages = [str(folder / "base.pt"), str(folder / "up32.pt")]
     draw, drawn = Cascade.draw, []
 
     def fail_late(self: Cascade, plan: object, indices: range, *args: object, **kwargs: object):  # type: ignore[no-untyped-def]
@@ -55,7 +56,7 @@ def test_a_run_that_fails_goes_on_where_it_was(
         drawn.extend(indices)
         return draw(self, plan, indices, *args, **kwargs)  # type: ignore[arg-type]
 
-    argv = ["--model_path", str(folder / "base.pt"), "--classifier_path", str(folder / "clip.pt")]
+    argv = ["--model_path", *two_stages, "--classifier_path", str(folder / "clip.pt")]
     argv += ["--prompts", *PROMPTS, *FEW, "--rerank", "2", "--log_dir", str(tmp_path)]
     one_by_one = [*argv, "--batch_size", "1"]
     with monkeypatch.context() as patch:
@@ -74,11 +75,12 @@ def test_a_run_that_fails_goes_on_where_it_was(
     assert drawn == [2] and not work.exists()
     monkeypatch.undo()
     sample([*one_by_one, "--log_dir", str(tmp_path / "whole")])
-    ends = (tmp_path / "samples_3x16x16x3_2", tmp_path / "whole" / "samples_3x16x16x3")
+    ends = (tmp_path / "samples_3x32x32x3_2", tmp_path / "whole" / "samples_3x32x32x3")
     kept, whole = (read_pictures(f"{end}.npz") for end in ends)
     np.testing.assert_array_equal(kept, whole)
     kept, whole = (json.loads(Path(f"{end}.json").read_text())["images"] for end in ends)
     assert kept == whole
+    assert all(image["consistency"][1]["psnr_db"] > 0 for image in kept)
 
 
 KILLED = """

@@ -93,6 +93,11 @@ def test_a_folder_and_prompts_are_enough(
         assert grid.size == (192, 64)
     printed = capsys.readouterr().out.splitlines()
     assert str(out) in printed[0] and str(out / "grid.jpg") in printed
+    assert sum(line.startswith("shrunk, against what was enlarged") for line in printed) == 1
+    images = json.loads((out / "samples_3x64x64x3.json").read_text())["images"]
+    for stage, told in enumerate(expected.consistency):
+        written = [image["consistency"][stage] for image in images]
+        assert written == [told and told.to_json(n) for n in range(3)]
 
 
 def test_the_manifest_tells_how_to_draw_each_picture_again(

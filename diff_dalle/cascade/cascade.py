@@ -9,28 +9,27 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.drawing import Drawing, OnStep
+from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts
 from diff_dalle.cascade.plan import Plan, make_plan
 from diff_dalle.cascade.result import CascadeResult, Preview
 from diff_dalle.cascade.stages import Stage, load_stages
-from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
-from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.models.low_res import downsample
+from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts
 from diff_dalle.sampling_io.previews import iterate
-from diff_dalle.sampling_io.prompts import Prompt, describe_cut
+from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.stage import to_uint8
+from diff_dalle.training.stage import from_uint8, to_uint8
 
-PerStage = str | float | Sequence[str | float]
-"""One value for all stages, or one a stage."""
 StrPath = str | os.PathLike[str]
 
 
@@ -115,7 +114,14 @@ class Cascade:
         *,
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
+        guidance_interval: PerStage = "all",
+        guidance_schedule: PerStage = "constant",
+        guidance_rescale: PerStage = 0.0,
+        negative_prompts: str | Sequence[str] = (),
         classifier_scale: PerStage = 1.0,
+        classifier_interval: PerStage = "all",
+        classifier_schedule: PerStage = "constant",
+        contrast: str = "none",
         sampler: str | Sequence[str] = AUTO,
         steps: PerStage = AUTO,
         step_spacing: str | Sequence[str] = AUTO,
@@ -137,7 +143,16 @@ class Cascade:
                 names those of which only the beginning is read.
             seed: of all noise.
             guidance_scale: of classifier-free guidance; 1 is none.
+            guidance_interval: noise levels at which there is such guidance, "0.3,5" or "all".
+            guidance_schedule: how it goes over the steps: "constant", "linear" or "cosine".
+            guidance_rescale: give guided predictions their size back, 0 (no) to 1.
+            negative_prompts: captions that it leads away from, one for all or one a prompt; a
+                blank one is none.
             classifier_scale: of the noised CLIP's gradient; 0 is none.
+            classifier_interval: as ``guidance_interval``, of the CLIP.
+            classifier_schedule: as ``guidance_schedule``, of the CLIP.
+            contrast: captions that the CLIP tells a prompt from: "none", "prompts" (all of
+                these) or a text file with one a line.
             sampler: a name of `SAMPLERS`, or "auto".
             steps: as the flag ``--steps``: 20, "ddim25", "smart50", "auto", ...
             step_spacing: how a number of steps is spread: a name of `SPACINGS`, or "auto".
@@ -157,24 +172,37 @@ class Cascade:
         """
         cfg = SampleConfig(
             seed=seed,
-            guidance_scale=_texts(guidance_scale),
-            classifier_scale=_texts(classifier_scale),
-            sampler=_texts(sampler),
-            steps=_texts(steps),
-            step_spacing=_texts(step_spacing),
+            guidance_scale=as_texts(guidance_scale),
+            guidance_interval=as_texts(guidance_interval),
+            guidance_schedule=as_texts(guidance_schedule),
+            guidance_rescale=as_texts(guidance_rescale),
+            negative_prompts=as_texts(negative_prompts),
+            classifier_scale=as_texts(classifier_scale),
+            classifier_interval=as_texts(classifier_interval),
+            classifier_schedule=as_texts(classifier_schedule),
+            contrast=contrast,
+            sampler=as_texts(sampler),
+            steps=as_texts(steps),
+            step_spacing=as_texts(step_spacing),
             use_ddim=use_ddim,
             ddim_eta=ddim_eta,
             clip_denoised=clip_denoised,
             threshold=threshold,
             threshold_percentile=threshold_percentile,
             threshold_max=threshold_max,
-            aug_level=_texts(aug_level),
+            aug_level=as_texts(aug_level),
             rerank=rerank,
             batch_size=batch_size,
         )
-        prompts, plan = self._ready(prompts, cfg, low_res)
-        indices = range(len(prompts))
-        batches = self.batches(plan, indices, prompts, batch_size=batch_size, low_res=low_res)
+        request, plan = self._ready(prompts, cfg, low_res)
+        batches = self.batches(
+            plan,
+            range(len(request.prompts)),
+            request.texts,
+            negative_prompts=request.negative_texts,
+            batch_size=batch_size,
+            low_res=low_res,
+        )
         return CascadeResult.join([result for _, result in batches])
 
     def stream(
@@ -183,7 +211,14 @@ class Cascade:
         *,
         seed: int = 0,
         guidance_scale: PerStage = 1.0,
+        guidance_interval: PerStage = "all",
+        guidance_schedule: PerStage = "constant",
+        guidance_rescale: PerStage = 0.0,
+        negative_prompts: str | Sequence[str] = (),
         classifier_scale: PerStage = 1.0,
+        classifier_interval: PerStage = "all",
+        classifier_schedule: PerStage = "constant",
+        contrast: str = "none",
         sampler: str | Sequence[str] = AUTO,
         steps: PerStage = AUTO,
         step_spacing: str | Sequence[str] = AUTO,
@@ -196,14 +231,21 @@ class Cascade:
         """
         cfg = SampleConfig(
             seed=seed,
-            guidance_scale=_texts(guidance_scale),
-            classifier_scale=_texts(classifier_scale),
-            sampler=_texts(sampler),
-            steps=_texts(steps),
-            step_spacing=_texts(step_spacing),
+            guidance_scale=as_texts(guidance_scale),
+            guidance_interval=as_texts(guidance_interval),
+            guidance_schedule=as_texts(guidance_schedule),
+            guidance_rescale=as_texts(guidance_rescale),
+            negative_prompts=as_texts(negative_prompts),
+            classifier_scale=as_texts(classifier_scale),
+            classifier_interval=as_texts(classifier_interval),
+            classifier_schedule=as_texts(classifier_schedule),
+            contrast=contrast,
+            sampler=as_texts(sampler),
+            steps=as_texts(steps),
+            step_spacing=as_texts(step_spacing),
             use_ddim=use_ddim,
         )
-        prompts, plan = self._ready(prompts, cfg, low_res)
+        request, plan = self._ready(prompts, cfg, low_res)
         threads = torch.get_num_threads()
 
         def work(emit: Callable[[Preview], None]) -> None:
@@ -214,27 +256,34 @@ class Cascade:
                 total = plan.stages[stage].steps
                 emit(Preview(stage=stage, step=step, steps=total, images=images))
 
-            self.draw(plan, range(len(prompts)), prompts, low_res=low_res, on_step=on_step)
+            self.draw(
+                plan,
+                range(len(request.prompts)),
+                request.texts,
+                negative_prompts=request.negative_texts,
+                low_res=low_res,
+                on_step=on_step,
+            )
 
         return iterate(work)
 
-    def plan(self, cfg: SampleConfig, low_res: Pictures | None = None) -> Plan:
+    def plan(
+        self, cfg: SampleConfig, low_res: Pictures | None = None, contrast: Sequence[str] = ()
+    ) -> Plan:
         """What the flags amount to on these stages.
+
+        Args:
+            cfg: the flags.
+            low_res: the pictures to enlarge, if any.
+            contrast: the captions that `read_contrast` made of ``cfg.contrast``.
 
         Raises:
             UsageError: a setting that the stages cannot follow, or pictures in ``low_res`` that
                 are no uint8 [N,h,w,3] as large as the first stage enlarges, or larger.
         """
-        plan = make_plan(self.stages, cfg, low_res=low_res is not None)
+        plan = make_plan(self.stages, cfg, low_res=low_res is not None, contrast=contrast)
         if low_res is not None:
-            small = self.stages[0].small_size
-            square = low_res.ndim == 4 and low_res.shape[1] == low_res.shape[2]
-            fits = square and low_res.shape[3] == 3 and low_res.shape[1] >= small
-            if not fits or low_res.dtype != np.uint8:
-                raise UsageError(
-                    f"--low_res holds {low_res.dtype} {low_res.shape}, but {self.stages[0].path} "
-                    f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
-                )
+            check_small_pictures(low_res, self.stages[0].small_size, self.stages[0].path)
         return plan
 
     def batches(
@@ -243,6 +292,7 @@ class Cascade:
         indices: Sequence[int],
         prompts: Sequence[str],
         *,
+        negative_prompts: Sequence[str] = (),
         batch_size: int,
         low_res: Pictures | None = None,
         on_step: OnStep | None = None,
@@ -253,6 +303,7 @@ class Cascade:
             plan: from `plan`.
             indices: which of the N pictures, in the order in which they are drawn.
             prompts: N captions.
+            negative_prompts: N captions to lead away from, blank for none; or no entry at all.
             batch_size: pictures drawn at once.
             low_res: uint8 [M,h,w,3] where the first stage is an upsampler; picture i is drawn
                 from ``low_res[i % M]``.
@@ -263,8 +314,16 @@ class Cascade:
             small = None
             if low_res is not None:
                 small = low_res[[index % len(low_res) for index in batch]]
-            texts = [prompts[index] for index in batch]
-            yield batch, self.draw(plan, batch, texts, low_res=small, on_step=on_step)
+            negative = [negative_prompts[index] for index in batch] if negative_prompts else ()
+            result = self.draw(
+                plan,
+                batch,
+                [prompts[index] for index in batch],
+                negative_prompts=negative,
+                low_res=small,
+                on_step=on_step,
+            )
+            yield batch, result
 
     def draw(
         self,
@@ -272,6 +331,7 @@ class Cascade:
         indices: Sequence[int],
         prompts: Sequence[str],
         *,
+        negative_prompts: Sequence[str] = (),
         low_res: Pictures | None = None,
         on_step: OnStep | None = None,
     ) -> CascadeResult:
@@ -281,6 +341,7 @@ class Cascade:
             plan: from `plan`.
             indices: the number of each picture; with the seed it decides the noise.
             prompts: B captions.
+            negative_prompts: B captions to lead away from, blank for none; or no entry at all.
             low_res: uint8 [B,h,w,3] where the first stage is an upsampler.
             on_step: told of every step, of rejected candidates too.
         """
@@ -290,58 +351,46 @@ class Cascade:
             precision=self._precision,
             indices=indices,
             prompts=prompts,
+            negative_prompts=negative_prompts,
             on_step=on_step,
         )
-        start = None
-        if low_res is not None:
-            start = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [B,3,h,w]
+        start = None if low_res is None else self._start(low_res)
         pictures, candidates = drawing.draw(start)
         stages = [_to_numpy(picture) for picture in pictures]
-        return CascadeResult(stages=stages, candidates=candidates.tolist())
+        small = None if start is None else _to_numpy(start)
+        return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=small)
+
+    def enlarged(self, low_res: Pictures) -> Pictures:
+        """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
+        return _to_numpy(self._start(low_res))
+
+    def _start(self, low_res: Pictures) -> Tensor:
+        """`enlarged` as uint8 [N,3,h,w] on the device."""
+        small = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [N,3,h,w]
+        size = self.stages[0].small_size
+        if small.shape[-1] == size:
+            return small
+        return to_uint8(downsample(from_uint8(small), size))
 
     def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
         """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""
-        lines: dict[str, None] = {}  # in order, each once: stages often share a tokenizer
-        for tokenizer, text_length in self._text_readers():
-            lengths = tokenizer.lengths([prompt.text for prompt in prompts])
-            lines |= dict.fromkeys(describe_cut(prompts, lengths, text_length))
-        return list(lines)
-
-    def _text_readers(self) -> list[tuple[Tokenizer, int]]:
-        """Every different tokenizer with the number of tokens that are read of a caption."""
-        pairs = [
-            *((s.tokenizer, s.text_length) for s in self.stages if s.tokenizer is not None),
-            *((s.guide.loaded.tokenizer, s.guide.text_length) for s in self.stages if s.guide),
-        ]
-        return list({(tokenizer.sha256, n): (tokenizer, n) for tokenizer, n in pairs}.values())
+        return describe_cut(self.stages, prompts)
 
     def _ready(
         self, prompts: str | Sequence[str], cfg: SampleConfig, low_res: Pictures | None
-    ) -> tuple[list[str], Plan]:
-        """The prompts as a list and the plan; the caller's caller is warned of what they hold."""
-        texts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not texts:
-            raise UsageError("there is no prompt to draw: give at least one")
-        if low_res is not None and len(low_res) != len(texts):
-            raise UsageError(
-                f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
-            )
-        plan = self.plan(cfg, low_res)
-        cut = self.describe_cut([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)])
-        for line in cut:
+    ) -> tuple[Request, Plan]:
+        """What to draw and how; the caller's caller is warned of what the texts hold."""
+        request = request_texts(prompts, cfg, low_res)
+        plan = self.plan(cfg, low_res, request.contrast_texts)
+        cut = describe_cut(self.stages, request.prompts, request.negative_prompts, request.contrast)
+        for line in [*cut, *plan.notes()]:
             warnings.warn(line, stacklevel=3)
-        return texts, plan
+        return request, plan
 
 
 def _paths(value: StrPath | Sequence[StrPath]) -> list[str]:
     values = [value] if isinstance(value, str | os.PathLike) else value
     return [os.fspath(path) for path in values]
-
-
-def _texts(value: PerStage) -> list[str]:
-    """Values as a command line would spell them."""
-    values = [value] if isinstance(value, str | float | int) else value
-    return [str(entry) for entry in values]
 
 
 def _to_numpy(pictures: Tensor) -> Pictures:

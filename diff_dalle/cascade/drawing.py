@@ -17,12 +17,19 @@ from torch import Tensor
 
 from diff_dalle.cascade.plan import Plan, StagePlan
 from diff_dalle.cascade.stages import Guide, Stage
-from diff_dalle.diffusion.guidance import similarity_gradient, time_of_other_process
+from diff_dalle.diffusion import guidance
+from diff_dalle.diffusion.clip_guidance import (
+    LogProbability,
+    clip_gradient,
+    log_softmax_in_set,
+    similarity,
+    time_of_other_process,
+)
+from diff_dalle.diffusion.strength import scale_at_step
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
-from diff_dalle.models.low_res import downsample
 from diff_dalle.training.precision import Precision
-from diff_dalle.training.stage import from_uint8, sample_stage, to_uint8
+from diff_dalle.training.stage import from_uint8, sample_stage
 
 OnStep = Callable[[int, int, Tensor], None]
 """(number of the stage, steps done in it, estimate of x_0 [B,3,H,W]) -> nothing."""
@@ -38,6 +45,7 @@ class Drawing:
         precision: what the generators compute in.
         indices: the numbers of the B pictures; with the seed they decide the noise.
         prompts: B captions.
+        negative_prompts: B captions to lead away from, blank for none; or no entry at all.
         on_step: told of every step, of rejected candidates too.
     """
 
@@ -46,19 +54,18 @@ class Drawing:
     precision: Precision
     indices: Sequence[int]
     prompts: Sequence[str]
+    negative_prompts: Sequence[str] = ()
     on_step: OnStep | None = None
 
     def draw(self, low_res: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """The pictures of every stage.
 
         Args:
-            low_res: uint8 [B,3,h,w] where the first stage is an upsampler; larger pictures than
-                it enlarges are scaled down.
+            low_res: uint8 [B,3,h,w] where the first stage is an upsampler, of the size that it
+                enlarges.
         Returns:
             uint8 [B,3,H,W] for each stage, and the candidates that were kept, int64 [B].
         """
-        if low_res is not None and low_res.shape[-1] != self.stages[0].small_size:
-            low_res = to_uint8(downsample(from_uint8(low_res), self.stages[0].small_size))
         count, first = len(self.stages), self.plan.rerank_stage + 1
         if self.plan.rerank == 1:
             none = torch.zeros(len(self.prompts), dtype=torch.int64)
@@ -113,6 +120,7 @@ class Drawing:
                 torch.tensor(keys, device=device),
                 image_size=size,
                 settings=plan.settings,
+                negative=self._negative(stage, device),
                 guide=self._guide(stage, plan),
                 callback=callback,
             )
@@ -128,11 +136,23 @@ class Drawing:
             tokens, mask = tokens.to(device), mask.to(device)
         return Cond(tokens=tokens, mask=mask, low_res=None if small is None else from_uint8(small))
 
-    def _guide(self, stage: Stage, plan: StagePlan) -> Callable[[Tensor, Tensor], Tensor] | None:
-        """The gradient of classifier_scale * logit_scale * cos(image, text) by x_t.
+    def _negative(self, stage: Stage, device: torch.device) -> Cond | None:
+        """What takes the null caption's place; it stays where the negative prompt is blank."""
+        if stage.tokenizer is None or not any(self.negative_prompts):
+            return None
+        tokens, mask = stage.tokenizer.encode(self.negative_prompts, stage.text_length)
+        blank = [not text.strip() for text in self.negative_prompts]
+        return Cond(
+            tokens=tokens.to(device), mask=mask.to(device), drop=torch.tensor(blank, device=device)
+        )
 
-        The logit scale makes it the gradient of the CLIP's own log p(text | x_t), up to the
-        normaliser, so a scale of 1 means as much for any CLIP.
+    def _guide(self, stage: Stage, plan: StagePlan) -> guidance.Guide | None:
+        """The gradient of classifier_scale * log p(text | x_t) by x_t, as the CLIP sees it.
+
+        Without a contrast set log p is logit_scale * cos(image, text), its normaliser left out;
+        with one it is the log-softmax of that over the own prompt and the set (captions of the
+        set that read as the own prompt do not count twice). The logit scale is the CLIP's own,
+        so a scale of 1 means as much for any CLIP.
         """
         if stage.guide is None or plan.classifier_scale == 0:
             return None
@@ -144,10 +164,18 @@ class Drawing:
             with torch.autocast(x_t.device.type, enabled=False):  # fp16 gradients would vanish
                 return clip.encode_image(x_t.float(), time)
 
-        scale = plan.classifier_scale * float(clip.scale())
-        return similarity_gradient(
-            encode_image, self._text_features(stage.guide), scale, to_model_time
-        )
+        scale = scale_at_step(plan.classifier.scales(process))
+        return clip_gradient(encode_image, self._log_probability(stage.guide), scale, to_model_time)
+
+    def _log_probability(self, guide: Guide) -> LogProbability:
+        """Of the B captions, perhaps among those of the contrast set."""
+        features, logit_scale = self._text_features(guide), float(guide.loaded.clip.scale())
+        bank = self.plan.contrast.bank(guide)
+        if bank is None:
+            return similarity(features, logit_scale)
+        tokens, _ = guide.loaded.tokenizer.encode(self.prompts, guide.text_length)
+        used = bank.others(tokens.to(bank.tokens.device))
+        return log_softmax_in_set(features, logit_scale, bank.features, used)
 
     @torch.no_grad()
     def _similarity(self, number: int, picture: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from diff_dalle.cascade.contrast import read_contrast
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.images import decode
@@ -18,7 +20,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import manifest_beside
-from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts
+from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts, spread_negative
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 
 
@@ -43,13 +45,32 @@ class Request:
 
     Attributes:
         prompts: N prompts.
+        negative_prompts: N prompts to lead away from, blank for none; or no entry at all.
+        contrast: the captions of ``--contrast``, each text once; empty for no set.
         low_res: uint8 [M,h,w,3], or None; N is a whole or part multiple of M.
         notes: lines to tell the user, such as what was skipped.
     """
 
     prompts: list[Prompt]
+    negative_prompts: list[Prompt]
+    contrast: list[Prompt]
     low_res: Pictures | None
     notes: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The text of each prompt."""
+        return [prompt.text for prompt in self.prompts]
+
+    @property
+    def negative_texts(self) -> list[str]:
+        """The text of each negative prompt."""
+        return [prompt.text for prompt in self.negative_prompts]
+
+    @property
+    def contrast_texts(self) -> list[str]:
+        """The captions of the contrast set."""
+        return [caption.text for caption in self.contrast]
 
 
 def read_request(cfg: SampleConfig, reader: Reader) -> Request:
@@ -57,7 +78,7 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
 
     Raises:
         UsageError: nothing to draw, unreadable inputs, or another number of prompts than of
-            small pictures.
+            small pictures, or of negative prompts than of prompts.
     """
     notes: list[str] = []
 
@@ -86,8 +107,61 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
         if reader.reads_text:
             raise UsageError("--prompts is missing: type captions in quotes, or give --data_dir")
         prompts = [Prompt("", "no prompt")] * (1 if low_res is None else len(low_res))
+    negative = spread_negative(cfg.negative_prompts, len(prompts))
     prompts = repeat_prompts(prompts, cfg.num_samples)
-    return Request(prompts=prompts, low_res=low_res, notes=notes)
+    return Request(
+        prompts=prompts,
+        negative_prompts=repeat_prompts(negative, cfg.num_samples) if negative else [],
+        contrast=read_contrast(cfg.contrast, prompts),
+        low_res=low_res,
+        notes=notes,
+    )
+
+
+def request_texts(
+    prompts: str | Sequence[str], cfg: SampleConfig, low_res: Pictures | None
+) -> Request:
+    """The same for prompts that a program gives.
+
+    Args:
+        prompts: N captions.
+        cfg: what is read of it: negative prompts and the contrast set.
+        low_res: uint8 [N,h,w,3], or None.
+    Raises:
+        UsageError: no prompt, or another number of pictures or of negative prompts.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not texts:
+        raise UsageError("there is no prompt to draw: give at least one")
+    if low_res is not None and len(low_res) != len(texts):
+        raise UsageError(
+            f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
+        )
+    named = [Prompt(text, f"prompt {n}") for n, text in enumerate(texts)]
+    return Request(
+        prompts=named,
+        negative_prompts=spread_negative(cfg.negative_prompts, len(named)),
+        contrast=read_contrast(cfg.contrast, named),
+        low_res=low_res,
+        notes=[],
+    )
+
+
+def check_small_pictures(low_res: Pictures, small: int, path: str) -> None:
+    """Raise a `UsageError` unless ``low_res`` is uint8 [N,h,h,3] with h at least ``small``.
+
+    Args:
+        low_res: the pictures to enlarge.
+        small: side in pixels of what the first stage enlarges.
+        path: the first stage's file.
+    """
+    square = low_res.ndim == 4 and low_res.shape[1] == low_res.shape[2]
+    fits = square and low_res.shape[3] == 3 and low_res.shape[1] >= small
+    if not fits or low_res.dtype != np.uint8:
+        raise UsageError(
+            f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} "
+            f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
+        )
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from diff_dalle.cascade.contrast import ContrastSet
+from diff_dalle.cascade.guiding import (
+    ClassifierGuidance,
+    choose_classifier_guidance,
+    choose_free_guidance,
+)
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.cascade.steps import Steps, choose_steps_of
+from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.samplers import asked_steps
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage
 from diff_dalle.training.stage import StageSettings
@@ -19,12 +27,35 @@ class StagePlan:
     Attributes:
         settings: for `sample_stage`.
         steps: the number of steps that the settings amount to.
-        classifier_scale: strength of the noised CLIP's gradient; 0 is none.
+        classifier: the noised CLIP's guidance.
+        evaluations: of the network for one picture; a step with classifier-free guidance counts 2.
+        classifier_evaluations: of the noised CLIP for one picture.
     """
 
     settings: StageSettings
     steps: int
-    classifier_scale: float
+    classifier: ClassifierGuidance
+    evaluations: int
+    classifier_evaluations: int
+
+    @classmethod
+    def make(
+        cls, settings: StageSettings, process: GaussianDiffusion, classifier: ClassifierGuidance
+    ) -> StagePlan:
+        """The plan with its counts; ``process`` is respaced."""
+        asked = asked_steps(settings.sampler, process)
+        return cls(
+            settings=settings,
+            steps=process.num_steps,
+            classifier=classifier,
+            evaluations=len(asked) + int((settings.guidance_scales(process)[asked] != 1).sum()),
+            classifier_evaluations=int((classifier.scales(process)[asked] != 0).sum()),
+        )
+
+    @property
+    def classifier_scale(self) -> float:
+        """Strength of the noised CLIP's gradient; 0 is none."""
+        return self.classifier.classifier_scale
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,33 +67,76 @@ class Plan:
         stages: one plan a stage.
         rerank: candidates drawn for each prompt, 1 or more.
         rerank_stage: number of the stage whose noised CLIP chooses among them.
+        contrast: the captions that noised CLIPs tell a prompt from.
     """
 
     seed: int
     stages: tuple[StagePlan, ...]
     rerank: int
     rerank_stage: int
+    contrast: ContrastSet
 
     @property
     def steps(self) -> int:
-        """Steps that one picture takes, over all stages and candidates."""
-        counts = [stage.steps for stage in self.stages]
-        return sum(counts) + (self.rerank - 1) * sum(counts[: self.rerank_stage + 1])
+        """Network steps that one picture takes, over all stages and candidates."""
+        return sum(self.candidates(n) * part.steps for n, part in enumerate(self.stages))
+
+    def candidates(self, number: int) -> int:
+        """How often a stage is drawn for one picture."""
+        return self.rerank if number <= self.rerank_stage else 1
+
+    def describe_cost(self, sizes: Sequence[int]) -> str:
+        """A line that says what a picture costs, over all candidates.
+
+        Args:
+            sizes: of the stages' pictures in pixels.
+        """
+        costs = []
+        for number, (size, part) in enumerate(zip(sizes, self.stages, strict=True)):
+            drawn = self.candidates(number)
+            cost = f"{size} px {drawn * part.evaluations} ({drawn * part.steps} steps)"
+            if part.classifier_evaluations:
+                cost += f" and {drawn * part.classifier_evaluations} of the CLIP"
+            costs.append(cost)
+        return f"network evaluations a picture: {', '.join(costs)}"
+
+    def notes(self) -> list[str]:
+        """What the user should know of these settings."""
+        return [line for n, part in enumerate(self.stages, start=1) for line in _idle(n, part)]
 
 
-def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> Plan:
+def _idle(number: int, part: StagePlan) -> Iterator[str]:
+    """Lines about guidance whose interval no step of a stage lies in."""
+    settings, classifier = part.settings, part.classifier
+    if settings.guidance_scale != 1 and part.evaluations == part.steps:
+        yield (
+            f"--guidance_interval {settings.guidance_interval} holds no step of stage {number}: "
+            "it is drawn without classifier-free guidance"
+        )
+    if classifier.classifier_scale and not part.classifier_evaluations:
+        yield (
+            f"--classifier_interval {classifier.classifier_interval} holds no step of stage "
+            f"{number}: no CLIP guides it"
+        )
+
+
+def make_plan(
+    stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool, contrast: Sequence[str] = ()
+) -> Plan:
     """The plan that flags amount to on these stages.
 
     Args:
         stages: the cascade.
         cfg: the flags; paths, prompts and outputs are not read here.
         low_res: whether small pictures are given.
+        contrast: the captions that `read_contrast` made of ``cfg.contrast``.
     Raises:
         UsageError: a setting that these stages cannot follow.
     """
     _check_start(stages[0], low_res)
     count, steps = len(stages), choose_steps_of(stages, cfg)
-    guidance = per_stage(numbers(cfg.guidance_scale, "guidance_scale"), count, "guidance_scale")
+    free = choose_free_guidance(stages, cfg)
+    classifiers = choose_classifier_guidance(stages, cfg)
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
     scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
     _check_unread(stages, scales, levels, steps, cfg)
@@ -74,18 +148,18 @@ def make_plan(stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool) -> P
             threshold=cfg.resolved_threshold,
             threshold_percentile=cfg.threshold_percentile,
             threshold_max=cfg.threshold_max,
-            guidance_scale=guidance[number],
+            **asdict(free[number]),
             aug_level=levels[number] if stage.small_size else 0.0,
         )
         _check_stage(stage, settings)
-        scale = scales[number] if stage.guide else 0.0
-        visited = settings.respace(stage.loaded.diffusion).num_steps
-        plans.append(StagePlan(settings=settings, steps=visited, classifier_scale=scale))
+        process = settings.respace(stage.loaded.diffusion)
+        plans.append(StagePlan.make(settings, process, classifiers[number]))
     return Plan(
         seed=cfg.seed,
         stages=tuple(plans),
         rerank=cfg.rerank,
         rerank_stage=_rerank_stage(stages, cfg.rerank),
+        contrast=ContrastSet(contrast),
     )
 
 

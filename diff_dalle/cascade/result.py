@@ -1,4 +1,7 @@
-"""What a cascade hands back: finished pictures, and pictures on their way."""
+"""What a cascade hands out: finished pictures, and pictures on their way.
+
+N pictures, H W pixels, h w pixels of the stage before.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from diff_dalle.cascade.consistency import Consistency, measure_stages
 from diff_dalle.sampling_io.store import Pictures
 
 
@@ -18,26 +22,35 @@ class CascadeResult:
     Attributes:
         stages: uint8 [N,H,W,3] for each stage, smallest first.
         candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
+        low_res: uint8 [N,h,w,3], what the first stage enlarged; None for a base model.
     """
 
     stages: list[Pictures]
     candidates: list[int]
+    low_res: Pictures | None = None
 
     @classmethod
     def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
         """The pictures of several results of the same cascade, in order."""
+        small = [result.low_res for result in results if result.low_res is not None]
         return cls(
             stages=[
                 np.concatenate(stage)
                 for stage in zip(*(result.stages for result in results), strict=True)
             ],
             candidates=[candidate for result in results for candidate in result.candidates],
+            low_res=np.concatenate(small) if small else None,
         )
 
     @property
     def images(self) -> list[Image.Image]:
         """The pictures of the last stage."""
         return [Image.fromarray(picture) for picture in self.stages[-1]]
+
+    @property
+    def consistency(self) -> list[Consistency | None]:
+        """For each stage, how well it kept to the pictures it enlarged; None for a base model."""
+        return measure_stages(self.stages, self.low_res)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
+from diff_dalle.cascade.consistency import measure_stages
+from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
 from diff_dalle.sampling_io.config import SampleConfig
@@ -32,7 +34,10 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
         reads_text=cascade.reads_text, small_size=first.small_size, image_size=first.image_size
     )
     request = read_request(cfg, reader)
-    request.notes.extend(cascade.describe_cut(list(dict.fromkeys(request.prompts))))
+    different = list(dict.fromkeys(request.prompts))
+    negative = list(dict.fromkeys(request.negative_prompts))
+    cut = describe_cut(cascade.stages, different, negative, request.contrast)
+    request.notes.extend(cut)
     return request
 
 
@@ -47,7 +52,8 @@ def open_writer(
         UsageError: as `OutputWriter.open`.
     """
     prompts = [(prompt.text, prompt.source) for prompt in request.prompts]
-    digest = hashlib.sha256(json.dumps([_facts(cascade, plan, cfg), prompts]).encode())
+    facts = [_facts(cascade, plan, cfg), prompts, request.negative_texts]
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for picture in () if request.low_res is None else request.low_res:
         digest.update(picture.tobytes())
     return OutputWriter.open(folder, digest.hexdigest(), len(prompts), cascade.sizes)
@@ -81,7 +87,8 @@ def draw_share(
         for indices, result in cascade.batches(
             plan,
             mine,
-            [prompt.text for prompt in request.prompts],
+            request.texts,
+            negative_prompts=request.negative_texts,
             batch_size=cfg.batch_size,
             low_res=request.low_res,
             on_step=on_step,
@@ -96,6 +103,7 @@ def manifest_of(
     plan: Plan,
     request: Request,
     cfg: SampleConfig,
+    writer: OutputWriter,
     kept: Sequence[Mapping[int, int]],
 ) -> dict[str, Any]:
     """What JSON says of a finished run: enough to draw every picture again.
@@ -105,13 +113,17 @@ def manifest_of(
         plan: how.
         request: what was to be drawn.
         cfg: the flags.
+        writer: holds all pictures.
         kept: tables that say of every index, in one of them, which candidate was kept.
     """
     candidates = {index: candidate for table in kept for index, candidate in table.items()}
-    images = [
+    images: list[dict[str, Any]] = [
         {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
+        | {"consistency": _consistency_of(cascade, request, writer, n)}
         for n, prompt in enumerate(request.prompts)
     ]
+    for image, negative in zip(images, request.negative_prompts, strict=False):
+        image["negative_prompt"] = negative.text
     return {
         **_facts(cascade, plan, cfg),
         "batch_size": cfg.batch_size,
@@ -120,13 +132,35 @@ def manifest_of(
     }
 
 
+def _consistency_of(
+    cascade: Cascade, request: Request, writer: OutputWriter, index: int
+) -> list[dict[str, float] | None]:
+    """How well each stage of one picture kept to what it enlarged; None for a base model.
+
+    It is read off the stored pictures, so that those from before an interruption count alike.
+    """
+    small = None
+    if request.low_res is not None:
+        small = cascade.enlarged(request.low_res[[index % len(request.low_res)]])
+    stages = [store.read(index)[None] for store in writer.stores]
+    parts = measure_stages(stages, small)
+    return [None if part is None else part.to_json(0) for part in parts]
+
+
 def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
     """What decides the pictures beside prompts and small pictures."""
-    stages = [
-        {**stage.describe(), "steps": part.steps, **asdict(part.settings)}
-        | {"classifier_scale": part.classifier_scale}
-        for stage, part in zip(cascade.stages, plan.stages, strict=True)
-    ]
+    stages = []
+    for number, (stage, part) in enumerate(zip(cascade.stages, plan.stages, strict=True)):
+        drawn = plan.candidates(number)
+        counts = {
+            "steps": part.steps,
+            "evaluations": drawn * part.evaluations,
+            "classifier_evaluations": drawn * part.classifier_evaluations,
+        }
+        stages.append(
+            {**stage.describe(), **counts, **asdict(part.settings), **asdict(part.classifier)}
+        )
+    contrast = hashlib.sha256(json.dumps(plan.contrast.texts).encode()).hexdigest()
     return {
         "diff_dalle": diff_dalle.__version__,
         "torch": torch.__version__,
@@ -135,5 +169,8 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
         "seed": plan.seed,
         "rerank": plan.rerank,
         "low_res": cfg.low_res,
+        "contrast": cfg.contrast,
+        "contrast_captions": len(plan.contrast.texts),
+        "contrast_sha256": contrast if plan.contrast.texts else None,
         "stages": stages,
     }

@@ -15,15 +15,23 @@ import numpy as np
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.caption_fields import DEFAULT_KEY, Captions, read_captions
 from diff_dalle.data.images import Crop, Pixels, decode
+from diff_dalle.data.limits import LARGEST_FILE
 from diff_dalle.data.mixture import Mixture
-from diff_dalle.data.order import BLOCK_SAMPLES, ORDER_VERSION, Order, first_samples, spread
+from diff_dalle.data.order import (
+    BLOCK_SAMPLES,
+    ORDER_VERSION,
+    Integers,
+    Need,
+    Order,
+    first_samples,
+    spread,
+)
 from diff_dalle.data.shard_index import Entry
 from diff_dalle.data.shard_reader import Shard, ShardReader
 from diff_dalle.data.shards import ShardFile
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import Table, knob, require
 
-_LARGEST_FILE = 2**28  # bytes
 _FIRST_ORDER = (1, 2**16)  # version and block size of runs whose fingerprint says neither
 
 
@@ -88,6 +96,7 @@ class Dataset:
         bad: (shard, "", reason) of every shard that may lack samples.
         sources: name -> weight (0 for the one pool of entries without) and how many of the
             shards, in their order, are its own.
+        remote: whether some shards are remote.
     """
 
     def __init__(
@@ -108,6 +117,7 @@ class Dataset:
         self.counts = first_samples([shard.summary.samples for shard in shards], limit)
         self.bad = [(s.file.path, "", s.summary.fault) for s in shards if s.summary.fault]
         self.sources = dict(sources or {"": (0.0, len(self.shards))})
+        self.remote = any(shard.file.cache is not None for shard in self.shards)
         self._ends = np.cumsum(self.counts)
         self._reader = ShardReader(self.shards)
 
@@ -129,6 +139,10 @@ class Dataset:
         sizes = [max(sum(counts), 1) for counts in self._counts_by_source()]
         visits = zip(self.sources, order.visits(position), sizes, strict=True)
         return {f"epoch_{name}": count / size for name, count, size in visits}
+
+    def expect(self, needs: Sequence[Need]) -> None:
+        """Fetch the remote shards that are read next; see `ShardReader.expect`."""
+        self._reader.expect(needs)
 
     def entry(self, sample: int) -> tuple[ShardFile, Entry]:
         """The shard of a sample, and where in it the sample's members lie.
@@ -160,7 +174,7 @@ class Dataset:
             raise BadSample("duplicate key")
         places = {"image": entry.image if image else None, "text": entry.text, "json": entry.json}
         wanted = {part: span for part, span in places.items() if span is not None}
-        if any(span.size > _LARGEST_FILE for span in wanted.values()):
+        if any(span.size > LARGEST_FILE for span in wanted.values()):
             raise BadSample("file too large")
         found = dict(zip(wanted, self._reader.read(number, [*wanted.values()]), strict=True))
         return Raw(image=found.get("image", b""), text=found.get("text"), json=found.get("json"))
@@ -190,9 +204,12 @@ class Dataset:
         """All captions of samples evenly spread over the dataset; broken ones are left out.
 
         At most ``limit`` > 0, of at most that many samples: shards are often sorted, so the first
-        ones would not speak for all.
+        ones would not speak for all. Of remote shards, whole ones would be fetched for a few
+        captions each: there it is the samples that training visits first, of shards in random
+        order.
         """
-        samples = self._captions_of_all(spread(len(self), limit).tolist())
+        chosen = self._visited_first(limit) if self.remote and limit else spread(len(self), limit)
+        samples = self._captions_of_all(chosen.tolist())
         different = (list(dict.fromkeys([c.first, *c.choices])) for _, c in samples)
         if limit < 1:
             return chain.from_iterable(different)
@@ -223,22 +240,21 @@ class Dataset:
 
     @property
     def tokenizer_path(self) -> str | None:
-        """The ``tokenizer.json`` beside the shards or in the folder above, if there is one.
+        """A local path of the ``tokenizer.json`` beside the shards or in the folder above.
+
+        None if there is none.
 
         Raises:
-            UsageError: there are several that differ.
+            UsageError: there are several that differ, or a store cannot be reached.
         """
-        folders = dict.fromkeys(Path(shard.file.path).absolute().parent for shard in self.shards)
-        found: dict[bytes, str] = {}
-        for folder in folders:
-            for path in (folder / "tokenizer.json", folder.parent / "tokenizer.json"):
-                if path.is_file():
-                    found.setdefault(path.read_bytes(), str(path))
-                    break
+        found: dict[bytes, tuple[str, Path]] = {}
+        for file in {shard.file.folders: shard.file for shard in self.shards}.values():
+            if (tokenizer := file.beside("tokenizer.json")) is not None:
+                found.setdefault(tokenizer[1].read_bytes(), tokenizer)
         if len(found) > 1:
-            both = " and ".join(list(found.values())[:2])
+            both = " and ".join([address for address, _ in found.values()][:2])
             raise UsageError(f"{both} differ: name the one to use with --tokenizer")
-        return next(iter(found.values()), None)
+        return next((str(path) for _, path in found.values()), None)
 
     def _captions_of_all(self, samples: Iterable[int]) -> Iterator[tuple[str, Captions]]:
         for sample in samples:
@@ -246,6 +262,12 @@ class Dataset:
                 yield self.entry(sample)[1].key, self.captions_of(self.read(sample, image=False))
             except BadSample:
                 continue
+
+    def _visited_first(self, visits: int) -> Integers:
+        """The samples of the first visits in order of their numbers, those of a shard together."""
+        order = self.order()
+        slots = map(order.slot, range(min(visits, len(self))))
+        return np.unique(np.array([slot.sample for slot in slots], dtype=np.int64))
 
     def _counts_by_source(self) -> list[list[int]]:
         counts = iter(self.counts)

@@ -15,13 +15,13 @@ from typing import Any
 
 from diff_dalle.data import emoji
 from diff_dalle.data.captions import captions
+from diff_dalle.data.json_files import write_json
 from diff_dalle.data.scenes import TRAIN, VAL, sample_scene
 from diff_dalle.data.tokenizer import SMALLEST_VOCABULARY, Tokenizer
 from diff_dalle.data.writer import (
     FORMATS,
     Sample,
     require_same_settings,
-    write_json,
     write_shards,
 )
 from diff_dalle.errors import UsageError

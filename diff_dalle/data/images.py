@@ -19,12 +19,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from diff_dalle.data.batch import BadSample
+from diff_dalle.data.limits import MAX_PIXELS
 from diff_dalle.data.pillow_faults import reason_of, without_16_bit
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-
-# Pillow refuses files that announce more than 179 Mpx; this bounds what is really decoded.
-MAX_PIXELS = 2**26
 
 # Photographs of 1 and 4 Mpx, to 64 and to 256 px, against a Lanczos filter on a full decode:
 # 1.5 stays at 48-54 dB and is 1.7-5 times as fast as the ancestors' way (38-44 dB); 2 gives

@@ -12,9 +12,10 @@ import os
 import random
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import TypeVar
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from diff_dalle.data.cache import ShardCache
 from diff_dalle.data.dataset import DataConfig, Dataset
 from diff_dalle.data.images import IMAGE_EXTENSIONS
 from diff_dalle.data.order import Slot, rank_batches, spread
-from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shard_index import build_index, find_index
 from diff_dalle.data.shard_reader import Shard
 from diff_dalle.data.shards import ShardFile, find_sources
 from diff_dalle.data.sources import Source, parse_sources
@@ -37,6 +38,9 @@ __all__ = ["DataConfig", "Dataset", "eval_batches", "open_data", "train_batches"
 EVAL_EPOCH = -1  # so that held-out samples meet the same noise at every evaluation
 _TRIED = 64  # samples, before a dataset is called useless
 _READERS = 8  # shards indexed at once; the disk is what takes time
+_GB = 10**9  # bytes
+
+Result = TypeVar("Result")
 
 
 def open_data(
@@ -56,8 +60,8 @@ def open_data(
         image_size: S, pixels.
         with_text: whether the run needs captions.
         seed: of the run.
-        show: warn of missing and faulty shards, and show the progress of a long indexing: what
-            one rank of a run does for all.
+        show: warn of missing and faulty shards and of a pass over remote ones, and show the
+            progress of a long indexing: what one rank of a run does for all.
     Raises:
         UsageError: there are no usable samples; says what was found.
     """
@@ -71,7 +75,7 @@ def open_data(
         files = find_sources([source.paths for source in sources], flag, cache)
     if cfg.num_workers:
         start_fork_server()
-    indexed = iter(_index([file for found in files for file in found], show))
+    indexed = iter(_index([file for found in files for file in found], flag, show))
     shards = [list(islice(indexed, len(found))) for found in files]
     _require_lengths(sources, shards, flag)
     where = f"--{flag} {' '.join(entries)}"
@@ -123,7 +127,14 @@ def train_batches(
         num_workers: processes that decode; the dataset's configuration by default.
     """
     order = dataset.order()
-    visits = Visits(dataset, order, tokenizer=tokenizer, text_length=text_length, training=True)
+    visits = Visits(
+        dataset,
+        order,
+        tokenizer=tokenizer,
+        text_length=text_length,
+        training=True,
+        blocks=order if dataset.remote else None,
+    )
     positions = rank_batches(start_sample, batch_size, rank, world)
     return map(Arrays.to_batch, load(visits, positions, _workers(dataset, num_workers)))
 
@@ -173,31 +184,49 @@ def _workers(dataset: Dataset, given: int | None) -> int:
     return dataset.cfg.num_workers if given is None else given
 
 
-def _index(files: list[ShardFile], show: bool) -> list[Shard]:
+def _index(files: list[ShardFile], flag: str, show: bool) -> list[Shard]:
     """The shards with their indices, in the order given.
 
     Ranks that start together go through the shards in different orders and find most of each
     other's work done.
     """
+    shuffled = list(files)
+    random.Random(os.getpid()).shuffle(shuffled)
+    known = _each(ShardFile.stat, shuffled, "looking for shards", show)
+    found = _each(lambda file: find_index(file, known[file]), shuffled, "looking for indices", show)
+    without = [file for file, index in found.items() if index is None]
+    remote = [file for file in without if file.cache is not None]
+    if remote and show:
+        gigabytes = sum(known[file].size for file in remote) / _GB
+        warnings.warn(
+            f"--{flag}: {len(remote)} of {sum(f.cache is not None for f in files)} remote shards "
+            f"have no index beside them and are read once, {gigabytes:,.1f} GB; the indices are "
+            "kept in the user's cache folder; upload the *.tar.index of a local copy to save this",
+            stacklevel=3,
+        )
+    what = "reading remote shards once" if remote else "indexing shards"
+    built = _each(lambda file: build_index(file, known[file]), without, what, show)
+    indices = {file: index for file, index in found.items() if index is not None} | built
+    return [Shard(file, *indices[file]) for file in files]
+
+
+def _each(
+    work: Callable[[ShardFile], Result], files: Sequence[ShardFile], what: str, show: bool
+) -> dict[ShardFile, Result]:
+    """What some work makes of each shard, several at once; its progress is shown if it is long."""
     from tqdm import tqdm
 
-    numbers = list(range(len(files)))
-    random.Random(os.getpid()).shuffle(numbers)
-    shards: dict[int, Shard] = {}
     with ThreadPoolExecutor(_READERS) as pool:
-        found = pool.map(lambda number: ensure_index(files[number]), numbers)
         bar = tqdm(
-            found,
-            "reading remote shards once" if any(f.cache for f in files) else "indexing shards",
+            pool.map(work, files),
+            what,
             len(files),
             delay=2.0,
             mininterval=1.0,
             unit="shard",
             disable=not show,
         )
-        for number, (path, summary) in zip(numbers, bar, strict=True):
-            shards[number] = Shard(file=files[number], index=path, summary=summary)
-    return [shards[number] for number in range(len(files))]
+        return dict(zip(files, bar, strict=True))
 
 
 def _require_lengths(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from diff_dalle.data.order import Order, Slot, permutation, remember
+from diff_dalle.data.order import Need, Order, Slot, permutation, remember
 from diff_dalle.keyed_noise import key_of
 
 BLOCK = 1000
@@ -51,6 +51,7 @@ class Mixture:
         ]
         sizes = [order.samples for order in self._orders]
         self._first = np.cumsum([0, *sizes])
+        self._first_shard = np.cumsum([0, *map(len, counts)])
         self._quotas = quotas(weights)
         self._seed = seed
         self._blocks: dict[int, tuple[Integers, Integers]] = {}
@@ -69,6 +70,21 @@ class Mixture:
         sources, _ = remember(self._blocks, block, self._plan)
         begun = np.bincount(sources[:place], minlength=len(self._quotas))
         return [block * quota + int(more) for quota, more in zip(self._quotas, begun, strict=True)]
+
+    def block(self, position: int) -> tuple[tuple[int, int], ...]:
+        """The block of each source's own order that a position belongs to."""
+        begun = self.visits(position)
+        return tuple(map(Order.block, self._orders, begun))
+
+    def needs(self, position: int) -> list[Need]:
+        """The shards of all sources' blocks and next blocks, as `Order.needs` has them."""
+        begun = self.visits(position)
+        found = []
+        for source, order in enumerate(self._orders):
+            stride, first = BLOCK / self._quotas[source], int(self._first_shard[source])
+            for blocks, positions, shard in order.needs(begun[source]):
+                found.append(Need(blocks, int(positions * stride), first + shard))
+        return sorted(found)
 
     def _plan(self, block: int) -> tuple[Integers, Integers]:
         """The source of each place of a block, and which of that source's places it is."""

@@ -35,6 +35,20 @@ class Slot(NamedTuple):
     sample: int
 
 
+class Need(NamedTuple):
+    """A shard that is visited soon; of two, the smaller one is needed first.
+
+    Attributes:
+        blocks: 0 for the block at hand, 1 for the next one.
+        positions: until the first visit.
+        shard: its number.
+    """
+
+    blocks: int
+    positions: int
+    shard: int
+
+
 @dataclass(frozen=True)
 class _Epoch:
     shards: Integers  # [N] the shards in the order of this epoch
@@ -60,11 +74,37 @@ class Order:
 
     def slot(self, position: int) -> Slot:
         """What is visited at a position ≥ 0 of the endless sequence."""
+        which, place = self._find(position)
+        samples = remember(self._blocks, which, self._shuffle)
+        return Slot(which[0], int(samples[place]))
+
+    def block(self, position: int) -> tuple[int, int]:
+        """Epoch and number of the block that a position belongs to."""
+        return self._find(position)[0]
+
+    def needs(self, position: int) -> list[Need]:
+        """The shards of a position's block from there on, and of the next block, soonest first.
+
+        A shard of both, where epochs meet, comes twice.
+        """
+        which, place = self._find(position)
+        here = remember(self._blocks, which, self._shuffle)[place:]
+        following = self.block(position + len(here))
+        beyond = remember(self._blocks, following, self._shuffle)
+        return sorted([*self._first_visits(here, 0, 0), *self._first_visits(beyond, 1, len(here))])
+
+    def _find(self, position: int) -> tuple[tuple[int, int], int]:
+        """The block of a position, and the place in it."""
         epoch, place = divmod(position, self.samples)
         plan = remember(self._epochs, epoch, self._plan)
         block = int(np.searchsorted(plan.start, place, side="right")) - 1
-        samples = remember(self._blocks, (epoch, block), self._shuffle)
-        return Slot(epoch, int(samples[place - plan.start[block]]))
+        return (epoch, block), place - int(plan.start[block])
+
+    def _first_visits(self, samples: Integers, blocks: int, away: int) -> Iterator[Need]:
+        shards = np.searchsorted(self._offsets, samples, side="right") - 1
+        found, first = np.unique(shards, return_index=True)
+        for shard, place in zip(found.tolist(), first.tolist(), strict=True):
+            yield Need(blocks, away + place, shard)
 
     def _plan(self, epoch: int) -> _Epoch:
         order = permutation(key_of(self.seed, "shards", epoch), len(self.counts))  # [N]

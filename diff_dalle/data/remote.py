@@ -63,6 +63,17 @@ def stat(url: str) -> FileStat:
     return _retried(url, lambda: _store_of(url).stat(url))
 
 
+def find(url: str) -> FileStat | None:
+    """As `stat`; None for a file that is not there."""
+    try:
+        return stat(url)
+    except UsageError as error:
+        # To those who may not list a folder, stores say "forbidden" of what is missing.
+        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+            return None
+        raise
+
+
 def list_files(url: str) -> list[str]:
     """The URLs of all files below a remote folder, sorted.
 

@@ -16,10 +16,10 @@ import contextlib
 import hashlib
 import json
 import os
-import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -31,6 +31,7 @@ from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import IMAGE_EXTENSIONS
 from diff_dalle.data.remote import FileStat
 from diff_dalle.data.shards import ShardFile
+from diff_dalle.data.tar_members import read_members
 from diff_dalle.errors import UsageError
 
 _FORMAT = 1
@@ -126,11 +127,41 @@ def ensure_index(shard: ShardFile) -> tuple[Path, Summary]:
         UsageError: the shard cannot be read, or no folder can hold the index.
     """
     known = shard.stat()
+    return find_index(shard, known) or build_index(shard, known)
+
+
+def find_index(shard: ShardFile, known: FileStat) -> tuple[Path, Summary] | None:
+    """The index file of a shard of a known version, where there is one; kept if it was remote.
+
+    Raises:
+        UsageError: no folder can hold the index.
+    """
+    found = _kept(shard, known)
+    if found is None and (beside := _index_beside(shard, known)) is not None:
+        found = _keep(shard, *beside)
+    return found
+
+
+def build_index(shard: ShardFile, known: FileStat) -> tuple[Path, Summary]:
+    """The index file of a shard that had none; it may have been built meanwhile.
+
+    Raises:
+        UsageError: the shard cannot be read, or no folder can hold the index.
+    """
+    return _kept(shard, known) or _keep(shard, *_read_once(shard, known))
+
+
+def _kept(shard: ShardFile, known: FileStat) -> tuple[Path, Summary] | None:
     for place in _places(shard.path):
         summary = _read_summary(place)
         if summary and (summary.size, summary.mtime_ns) == known:
             return place, summary
-    summary, table, keys = _index_beside(shard, known) or _read_once(shard, known)
+    return None
+
+
+def _keep(
+    shard: ShardFile, summary: Summary, table: NDArray[Any], keys: bytes
+) -> tuple[Path, Summary]:
     tried = []
     for place in _places(shard.path):
         try:
@@ -198,86 +229,66 @@ def split_member_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-class _Row:
-    """A sample while its shard is read."""
+class _Rows:
+    """The samples of a shard while it is read; by columns, which are small and soon a table."""
 
-    def __init__(self, key: str, duplicate: bool) -> None:
-        self.key = key
-        self.duplicate = duplicate
-        self.spans: dict[str, Span] = {}
+    def __init__(self) -> None:
+        self._keys: list[str] = []
+        self._duplicate: list[bool] = []
+        self._offsets: dict[str, list[int]] = {part: [] for part in _PARTS}
+        self._sizes: dict[str, list[int]] = {part: [] for part in _PARTS}
+        self._latest: dict[str, int] = {}  # key -> its row
+        self._seen: set[tuple[str, str]] = set()  # (key, extension)
+
+    def add(self, name: tuple[str, str], part: str, offset: int, size: int) -> None:
+        """Give a member to its sample; a repeated image begins a further one."""
+        key, _ = name
+        repeated = name in self._seen
+        self._seen.add(name)
+        if key not in self._latest or (repeated and part == "image"):
+            self._latest[key] = len(self._keys)
+            self._keys.append(key)
+            self._duplicate.append(repeated)
+            for each in _PARTS:
+                self._offsets[each].append(-1)
+                self._sizes[each].append(0)
+        row = self._latest[key]
+        # The first of two pictures (say .jpg and .png) of one key is the sample's.
+        if self._offsets[part][row] < 0:
+            self._offsets[part][row] = offset
+            self._sizes[part][row] = min(size, _LARGEST)
+
+    def table(self) -> tuple[NDArray[Any], bytes]:
+        """The table of the samples that have an image, and the bytes of their keys."""
+        table = np.zeros(len(self._keys), _TABLE)
+        for part in _PARTS:
+            table[f"{part}_at"] = self._offsets[part]
+            table[f"{part}_size"] = self._sizes[part]
+        table["duplicate"] = self._duplicate
+        has_image = table["image_at"] >= 0
+        keys = [key.encode("utf-8", "surrogateescape") for key in compress(self._keys, has_image)]
+        table = table[has_image]
+        table["key_end"] = np.cumsum([len(key) for key in keys])
+        return table, b"".join(keys)
 
 
 def _scan(file: BinaryIO, known: FileStat) -> tuple[Summary, NDArray[Any], bytes]:
-    rows: list[_Row] = []
-    latest: dict[str, _Row] = {}  # by key
-    seen: set[tuple[str, str]] = set()  # (key, extension)
+    rows = _Rows()
     faults: list[str] = []
-    for member in _members(file, known.size, faults):
+    for member in read_members(file, known.size, faults):
         name = split_member_name(member.name)
         part = _PART_OF.get(name[1]) if name else None
-        if name is None or part is None:
-            continue
-        key, _ = name
-        repeated = name in seen
-        seen.add(name)
-        if key not in latest or (repeated and part == "image"):
-            latest[key] = _Row(key, duplicate=repeated)
-            rows.append(latest[key])
-        # The first of two pictures (say .jpg and .png) of one key is the sample's.
-        latest[key].spans.setdefault(part, Span(member.offset_data, min(member.size, _LARGEST)))
-    rows = [row for row in rows if "image" in row.spans]
-    keys = [row.key.encode("utf-8", "surrogateescape") for row in rows]
-    table = np.zeros(len(rows), _TABLE)
-    for part in _PARTS:
-        spans = [row.spans.get(part, Span(-1, 0)) for row in rows]
-        table[f"{part}_at"] = [span.offset for span in spans]
-        table[f"{part}_size"] = [span.size for span in spans]
-    table["key_end"] = np.cumsum([len(key) for key in keys])
-    table["duplicate"] = [row.duplicate for row in rows]
+        if name is not None and part is not None:
+            rows.add(name, part, member.offset, member.size)
+    table, keys = rows.table()
     summary = Summary(
         size=known.size,
         mtime_ns=known.version,
-        samples=len(rows),
+        samples=len(table),
         fault=faults[0] if faults else "",
-        key_bytes=sum(map(len, keys)),
+        key_bytes=len(keys),
     )
-    return summary, table, b"".join(keys)
-
-
-def _members(file: BinaryIO, size: int, faults: list[str]) -> Iterator[tarfile.TarInfo]:
-    """The complete ordinary files of a tar; what is wrong with the tar goes to ``faults``."""
-    try:
-        archive = tarfile.open(fileobj=file, mode="r:")
-    except tarfile.ReadError:
-        faults.append("not a tar file" if size else "empty file")
-        return
-    with archive:
-        while True:
-            try:
-                member = archive.next()
-            except tarfile.ReadError:
-                faults.append("truncated shard")
-                return
-            if member is None:
-                _check_end(archive, faults)
-                return
-            archive.members = []  # type: ignore[attr-defined]  # or it keeps all that it met
-            if member.offset_data + member.size > size:
-                faults.append("truncated shard")
-                return
-            if member.isreg() and not member.issparse():
-                yield member
-
-
-def _check_end(archive: tarfile.TarFile, faults: list[str]) -> None:
-    """A writer that finished left a block of zeros; the library stops at anything else too."""
-    assert archive.fileobj is not None
-    archive.fileobj.seek(archive.offset)
-    block = archive.fileobj.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        faults.append("truncated shard")
-    elif block.strip(b"\0"):
-        faults.append("broken shard")
+    return summary, table, keys
 
 
 def _places(path: str) -> Iterator[Path]:

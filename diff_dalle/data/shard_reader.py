@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from diff_dalle.data.batch import BadSample
+from diff_dalle.data.cache import RemoteFile
+from diff_dalle.data.order import Need
+from diff_dalle.data.prefetch import Prefetcher
 from diff_dalle.data.remote import FileStat
 from diff_dalle.data.shard_index import ShardIndex, Span, Summary, open_index
 from diff_dalle.data.shards import ShardFile
@@ -32,6 +35,11 @@ class Shard:
     index: Path
     summary: Summary
 
+    @property
+    def known(self) -> FileStat:
+        """Size and version of what was indexed."""
+        return FileStat(self.summary.size, self.summary.mtime_ns)
+
 
 class ShardReader:
     """Some shards by number; its open files stay in their process."""
@@ -42,9 +50,30 @@ class ShardReader:
         self._indices: OrderedDict[int, ShardIndex] = OrderedDict()
         self._descriptors: OrderedDict[int, int] = OrderedDict()
         self._indexed = 0  # samples in `_indices`
+        self._block: set[int] = set()  # shards
+        caches = [shard.file.cache for shard in shards if shard.file.cache is not None]
+        self._prefetcher = Prefetcher(caches[0]) if caches else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardReader, (self._shards,)
+
+    def expect(self, needs: Sequence[Need]) -> None:
+        """Fetch the remote shards that are read next, at the begin of a block of an order.
+
+        Only shards of this block and of the one before stay open: what the cache has dropped
+        takes disk space until it is closed.
+
+        Args:
+            needs: which shards, by number; those needed first first.
+        """
+        if self._prefetcher is None:
+            return
+        block = {need.shard for need in needs if need.blocks == 0}
+        for number in self._descriptors.keys() - block - self._block:
+            os.close(self._descriptors.pop(number))
+        self._block = block
+        shards = [self._shards[number] for number in dict.fromkeys(need.shard for need in needs)]
+        self._prefetcher.want([RemoteFile(s.file.path, s.known) for s in shards if s.file.cache])
 
     def index(self, number: int) -> ShardIndex:
         """The index of a shard, built again if its file was lost.
@@ -97,13 +126,12 @@ class ShardReader:
 
 
 def _open(shard: Shard) -> int:
-    known = FileStat(shard.summary.size, shard.summary.mtime_ns)
     try:
-        descriptor = shard.file.open(known)
+        descriptor = shard.file.open(shard.known)
     except UsageError as error:  # its storage is out of reach
         raise BadSample("unreadable") from error
     stat = os.fstat(descriptor)
-    if shard.file.cache is None and (stat.st_size, stat.st_mtime_ns) != known:
+    if shard.file.cache is None and (stat.st_size, stat.st_mtime_ns) != shard.known:
         os.close(descriptor)
         raise BadSample("shard changed")
     return descriptor

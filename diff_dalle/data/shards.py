@@ -7,6 +7,7 @@ in one line that says what was found.
 from __future__ import annotations
 
 import os
+import shlex
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,7 +27,7 @@ _LOOSE_IMAGES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tif
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _BESIDE = (".index", ".json", ".jsonl", ".parquet", ".csv", ".txt", ".md")
 _LOOK_AT = 10_000  # files of a folder that holds no shards, to tell the user what it holds
-_TO_PACK = "pack them into tar shards first (see the data chapter of the README)"
+_TO_PACK = "python scripts/pack_dataset.py --images {} --out_dir OUT"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,31 @@ class ShardFile:
     path: str
     name: str
     cache: ShardCache | None = None
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The folder that holds it and the one above; a store has none above its top."""
+        if self.cache is None:
+            folder = Path(self.path).absolute().parent
+            return str(folder), str(folder.parent)
+        protocol, path = self.path.split("://", 1)
+        parts = path.split("/")
+        top = 2 if protocol == "az" else 1  # parts: account and container, a bucket or a host
+        above = [parts[:-up] for up in (1, 2) if len(parts) - up >= top]
+        return tuple(f"{protocol}://{'/'.join(folder)}" for folder in above)
+
+    def beside(self, name: str) -> tuple[str, Path] | None:
+        """Where a small file lies in one of the `folders`, and a local path of it.
+
+        Raises:
+            UsageError: the store of a remote shard cannot be reached.
+        """
+        for folder in self.folders:
+            address = f"{folder}/{name}"
+            path = Path(address) if self.cache is None else self.cache.copy(address)
+            if path is not None and path.is_file():
+                return address, path
+        return None
 
     def stat(self) -> FileStat:
         """Size and version; for a local file its time of change, in nanoseconds.
@@ -261,7 +287,8 @@ def _what_lies_in(folder: str) -> str:
     counts = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in paths)
     images = sum(counts[extension] for extension in _LOOSE_IMAGES)
     if images:
-        return f"no .tar shards but {images} loose images, {_TO_PACK}"
+        command = _TO_PACK.format(shlex.quote(folder))
+        return f"no .tar shards but {images} loose images, pack them into tar shards: {command}"
     compressed = [path for path in paths if path.endswith(_COMPRESSED)]
     if compressed:
         name = os.path.basename(compressed[0])

@@ -8,7 +8,7 @@ Notation: B batch, S pixels, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +20,7 @@ from diff_dalle.data.batch import BadSample, Batch
 from diff_dalle.data.caption_fields import Captions
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.images import Crop
-from diff_dalle.data.order import Slot
+from diff_dalle.data.order import Need, Slot
 from diff_dalle.keyed_noise import key_of, uniform
 
 # Training draws its noise from the same seeds, with streams that count from 0.
@@ -40,6 +40,16 @@ class VisitOrder(Protocol):
 
     def slot(self, position: int) -> Slot | None:
         """The sample and epoch at a position ≥ 0."""
+
+
+class BlockOrder(Protocol):
+    """An order that stays within some shards for a while."""
+
+    def block(self, position: int) -> Hashable:
+        """Another one as soon as other shards are read."""
+
+    def needs(self, position: int) -> list[Need]:
+        """The shards of a position's block from there on, and of the next, soonest first."""
 
 
 class Arrays(NamedTuple):
@@ -80,6 +90,7 @@ class Visits(torch.utils.data.Dataset[Arrays]):
         tokenizer: CaptionEncoder | None,
         text_length: int,
         training: bool,
+        blocks: BlockOrder | None = None,
     ) -> None:
         """Visits of a dataset in an order.
 
@@ -90,17 +101,21 @@ class Visits(torch.utils.data.Dataset[Arrays]):
             text_length: L.
             training: vary each visit as ``dataset.cfg`` asks and draw one of the captions;
                 else the centre square and the first caption.
+            blocks: by which remote shards are fetched ahead; None fetches them at their first use.
         """
         self._dataset = dataset
         self._order = order
         self._tokenizer = tokenizer
         self._text_length = text_length
         self._training = training
+        self._blocks = blocks
+        self._block: Hashable = None
 
     def __getitems__(self, positions: Sequence[int]) -> Arrays:
         """The batch at some positions; broken samples keep their rows."""
         size, count = self._dataset.image_size, len(positions)
         slots = [self._order.slot(position) for position in positions]
+        self._look_ahead(positions)
         named = [self._name(slot) for slot in slots]
         keys = [key for key, _, _ in named]
         seed = np.array([seed for _, seed, _ in named], dtype=np.int64)
@@ -120,6 +135,16 @@ class Visits(torch.utils.data.Dataset[Arrays]):
                 bad.append((self._dataset.shard_of(slot.sample).path, key, str(problem)))
         tokens, mask = self._tokenise(captions)
         return Arrays(image, tokens, mask, valid, seed, keys, bad)
+
+    def _look_ahead(self, positions: Sequence[int]) -> None:
+        """Have the shards fetched that are read from now on, where a new block begins."""
+        if self._blocks is None:
+            return
+        block = self._blocks.block(positions[-1])
+        if block != self._block:
+            self._block = block
+            begin = next(p for p in positions if self._blocks.block(p) == block)
+            self._dataset.expect(self._blocks.needs(begin))
 
     def _name(self, slot: Slot | None) -> tuple[str, int, BadSample | None]:
         """Key and seed of a visit, or why they are not known; "" and 0 then and for padding."""

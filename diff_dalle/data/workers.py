@@ -19,12 +19,13 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from itertools import islice
 from multiprocessing import forkserver
-from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from diff_dalle.data.processes import leave_with_parent
 
 _CONTEXT = "forkserver"
 _PREFETCH = 2  # items ready, for each worker
@@ -74,7 +75,8 @@ def _as_is(item: Item) -> Item:
 
 def _set_up_worker(_: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    # The loader's own watch looks at the parent process, which is the fork server here.
+    leave_with_parent()
 
 
 class WorkerBatches(Iterator[Item], Generic[Item]):
@@ -182,17 +184,6 @@ def _how(worker: BaseProcess) -> str:
     code = worker.exitcode
     assert code is not None
     return f"exit code {code}" if code >= 0 else f"signal {signal.Signals(-code).name}"
-
-
-def _leave_with_parent() -> None:
-    """End this worker when the training process is gone, however it went.
-
-    The loader's own watch looks at the parent process, which is the fork server here.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)
 
 
 @contextlib.contextmanager

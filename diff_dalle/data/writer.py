@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import functools
 import io
-import json
 import os
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,6 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from diff_dalle.data.json_files import json_bytes
+from diff_dalle.data.processes import make_pool
 from diff_dalle.errors import UsageError
 
 FORMATS = ("png", "jpg")
@@ -90,7 +89,7 @@ def write_shards(
     to_draw = not all(path.exists() for path in paths)
     with (
         tqdm(total=count, desc=folder.name, unit="img") as bar,
-        _pool(num_workers if to_draw else 0) as pool,
+        make_pool(num_workers) if num_workers and to_draw else nullcontext() as pool,
     ):
         for start, path in zip(starts, paths, strict=True):
             samples = map(sample, range(start, min(start + samples_per_shard, count)))
@@ -124,13 +123,6 @@ def require_same_settings(
         )
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a readable JSON file, whole or not at all."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, path)
-
-
 def _encode(sample: Sample, size: int, image_format: str) -> list[tuple[str, bytes]]:
     """(member name, content) of one sample, in the order in which they are written."""
     picture, file = Image.fromarray(sample.picture.draw(size)), io.BytesIO()
@@ -144,7 +136,7 @@ def _encode(sample: Sample, size: int, image_format: str) -> list[tuple[str, byt
     return [
         (f"{sample.key}.{image_format}", file.getvalue()),
         (f"{sample.key}.txt", first.encode()),
-        (f"{sample.key}.json", json.dumps(facts, ensure_ascii=False).encode()),
+        (f"{sample.key}.json", json_bytes(facts)),
     ]
 
 
@@ -161,13 +153,3 @@ def _write_tar(
                 entry.size = len(content)
                 archive.addfile(entry, io.BytesIO(content))
             on_sample(1)
-
-
-@contextmanager
-def _pool(num_workers: int) -> Iterator[Executor | None]:
-    """Processes that start afresh: a fork would copy threads' locks (tokenizers, torch)."""
-    if num_workers == 0:
-        yield None
-        return
-    with ProcessPoolExecutor(num_workers, mp_context=get_context("spawn")) as pool:
-        yield pool

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.schedule import PREDICTIONS, Schedule
+from diff_dalle.diffusion.predictions import PREDICTIONS, Prediction
+from diff_dalle.diffusion.schedule import Schedule
 
 VARIANCES = ("learned_range", "fixed_small", "fixed_large")
 
@@ -40,10 +41,11 @@ class GaussianDiffusion:
 
     Attributes:
         schedule: the tables.
-        prediction: "eps" (the noise), "x0" (the image) or "v" (the velocity).
+        prediction: what the network predicts, a name of `predictions.PREDICTIONS`.
         variance: "learned_range" (the network outputs 2C channels, the second half of which
             places the log-variance between the two fixed ones), "fixed_small", "fixed_large".
         rescale_timesteps: whether the network is told a time in 0..1000 at any step count.
+        sigma_data: standard deviation of the images, read by the prediction "edm" alone.
     """
 
     def __init__(
@@ -53,17 +55,28 @@ class GaussianDiffusion:
         prediction: str = "eps",
         variance: str = "learned_range",
         rescale_timesteps: bool = False,
+        sigma_data: float = 0.5,
     ) -> None:
-        """See the attributes; a `ValueError` for an unknown ``prediction`` or ``variance``."""
+        """See the attributes.
+
+        A `ValueError` for an unknown ``prediction`` or ``variance``, and for the prediction "eps"
+        where the last step holds noise alone: there it says nothing of the image.
+        """
         if prediction not in PREDICTIONS:
-            raise ValueError(f"prediction is {prediction!r}: it must be one of {PREDICTIONS}")
+            raise ValueError(f"prediction is {prediction!r}: it must be one of {[*PREDICTIONS]}")
         if variance not in VARIANCES:
             raise ValueError(f"variance is {variance!r}: it must be one of {VARIANCES}")
         self.schedule = schedule
         self.prediction = prediction
         self.variance = variance
         self.rescale_timesteps = rescale_timesteps
+        self.sigma_data = sigma_data
         self._tables = _tables(schedule)
+        signal, sigma = self._tables["signal"], self._tables["sigma"]
+        predicted = PREDICTIONS[prediction](signal, sigma, sigma_data)
+        if (predicted.divisor == 0).any():
+            raise ValueError(f"prediction is {prediction!r}: the last step holds noise alone")
+        self._tables |= _prediction_tables(predicted)
         self._on_device: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
@@ -83,6 +96,7 @@ class GaussianDiffusion:
             prediction=self.prediction,
             variance=self.variance,
             rescale_timesteps=self.rescale_timesteps,
+            sigma_data=self.sigma_data,
         )
 
     # Time
@@ -96,7 +110,7 @@ class GaussianDiffusion:
         """The steps whose noise level lies nearest, in log-SNR.
 
         With it a network trained on another schedule is asked at the right level, see
-        `guidance.time_of_other_process`.
+        `clip_guidance.time_of_other_process`.
 
         Args:
             alpha_bar: [B] in [0, 1].
@@ -105,19 +119,17 @@ class GaussianDiffusion:
             that this process does not reach.
         """
         dtype = torch.promote_types(alpha_bar.dtype, torch.float32)
-        table = self._lookup("log_snr", alpha_bar.device, dtype)  # [T], falling
+        # Noise alone lies far from every other step, but not infinitely: differences are taken.
+        farthest = torch.finfo(dtype).min / 4
+        table = self._lookup("log_snr", alpha_bar.device, dtype).clamp(min=farthest)  # [T], falling
         wanted = torch.logit(alpha_bar.to(dtype)).clamp(table[-1], table[0])  # [B]
         return (wanted[:, None] - table[None, :]).abs().argmin(dim=1)
 
-    # The forward process and the three predictions
+    # The forward process and what is predicted
 
     def add_noise(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4)."""
         return self.at("signal", t, x_0) * x_0 + self.at("sigma", t, x_0) * eps
-
-    def velocity(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans and Ho 2022, section 4)."""
-        return self.at("signal", t, x_0) * eps - self.at("sigma", t, x_0) * x_0
 
     def x0_from_eps(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`add_noise` solved for x_0."""
@@ -127,19 +139,18 @@ class GaussianDiffusion:
         """`add_noise` solved for eps."""
         return (x_t - self.at("signal", t, x_t) * x_0) / self.at("sigma", t, x_t)
 
-    def x0_from_v(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (Salimans and Ho 2022)."""
-        return self.at("signal", t, x_t) * x_t - self.at("sigma", t, x_t) * v
+    def model_input(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network is shown of x_t: scaled for "edm" and "flow", else x_t itself.
 
-    def eps_from_v(self, v: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """eps = sqrt(1 - alpha_bar) x_t + sqrt(alpha_bar) v (Salimans and Ho 2022)."""
-        return self.at("sigma", t, x_t) * x_t + self.at("signal", t, x_t) * v
+        For the generator alone: a guide is shown x_t, which is what it was trained on.
+        """
+        if "input_scale" not in self._tables:
+            return x_t
+        return self.at("input_scale", t, x_t) * x_t
 
     def target(self, x_0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """What the network should output for `add_noise` (x_0, t, eps): eps, x_0 or v."""
-        if self.prediction == "eps":
-            return eps
-        return x_0 if self.prediction == "x0" else self.velocity(x_0, t, eps)
+        """What the network should output for `add_noise` (x_0, t, eps)."""
+        return self.at("target_x_0", t, x_0) * x_0 + self.at("target_eps", t, x_0) * eps
 
     # The backward process
 
@@ -159,9 +170,8 @@ class GaussianDiffusion:
     def predict_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's estimate of the clean image, unclipped."""
         prediction, _ = self.split_output(model_output, x_t)
-        if self.prediction == "eps":
-            return self.x0_from_eps(prediction, x_t, t)
-        return prediction if self.prediction == "x0" else self.x0_from_v(prediction, x_t, t)
+        kept = self.at("keep", t, x_t) * x_t
+        return (kept + self.at("gain", t, x_t) * prediction) / self.at("divisor", t, x_t)
 
     def posterior(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = True
@@ -250,3 +260,16 @@ def _tables(schedule: Schedule) -> dict[str, Tensor]:
         "reach": schedule.reach,
         "bounded_reach": schedule.bounded_reach,
     }
+
+
+def _prediction_tables(predicted: Prediction) -> dict[str, Tensor]:
+    """What turns predictions into images and back, and the share of an error that gets there."""
+    tables = {
+        "target_x_0": predicted.target_x_0,
+        "target_eps": predicted.target_eps,
+        "keep": predicted.keep,
+        "gain": predicted.gain,
+        "divisor": predicted.divisor,
+        "x_0_per_prediction": predicted.gain / predicted.divisor,
+    }
+    return tables if predicted.scale is None else {**tables, "input_scale": predicted.scale}

@@ -1,7 +1,8 @@
 """Guidance: drawing samples towards a condition.
 
 Two ways that add up: classifier-free guidance changes what the network predicts, a gradient
-(of a classifier or a CLIP trained on noised images) changes the step that is taken.
+(of a classifier or a CLIP trained on noised images, `clip_guidance`) changes the step that is
+taken. How strong either is at each step: `strength`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from diff_dalle.diffusion.gaussian import GaussianDiffusion, Posterior
+from diff_dalle.diffusion.strength import ScaleAt, everywhere
 
 Model = Callable[[Tensor, Tensor], Tensor]
 """(x_t [B,C,H,W], what `GaussianDiffusion.model_time` gave [B]) -> output [B,C or 2C,H,W]."""
 
-Guide = Callable[[Tensor, Tensor], Tensor]
-"""(x_t [B,C,H,W], t int64 [B] in the sampled process) -> gradient of log p(y | x_t), like x_t."""
+Guide = Callable[[Tensor, Tensor], Tensor | None]
+"""(x_t [B,C,H,W], t int64 [B] in the sampled process) -> gradient of log p(y | x_t), like x_t;
+None: no guidance at this step."""
 
 
 def shift_mean(posterior: Posterior, gradient: Tensor) -> Posterior:
@@ -56,72 +58,67 @@ def shift_score(
     return x_0 + reach * gradient
 
 
-def classifier_free(model_both: Model, scale: float, learned_variance: bool) -> Model:
+def classifier_free(
+    model_both: Model,
+    scale: float | ScaleAt,
+    learned_variance: bool,
+    *,
+    model_cond: Model | None = None,
+    rescale: float = 0.0,
+) -> Model:
     """The model eps_u + s (eps_c - eps_u) (Ho and Salimans 2022, eq. 6, with s = 1 + w).
 
-    The same formula serves x_0 and v: at one x_t all three are affine in each other.
+    The same formula serves every prediction: at one x_t all are affine in each other.
 
     Args:
         model_both: takes [2B,C,H,W] and [2B]; told the captions in the first half and the null
-            caption in the second.
-        scale: s; 1 is the conditional model, 0 the unconditional one.
+            caption, or what a picture is to be led away from, in the second.
+        scale: s, or what gives it for a time; 1 is the conditional model, 0 the unconditional
+            one. See `strength` (Kynkäänniemi et al. 2024; Wang et al. 2024).
         learned_variance: whether outputs are [2B,2C,H,W]; the variance is the conditional's.
+        model_cond: takes [B,C,H,W] and [B], told the captions; asked alone where s is 1. Without
+            it ``model_both`` is asked there too.
+        rescale: phi in [0, 1], see `rescaled`.
     """
 
+    scale_at = scale if callable(scale) else everywhere(scale)
+
     def guided(x_t: Tensor, time: Tensor) -> Tensor:
+        scales = scale_at(time)  # [B]
+        if model_cond is not None and bool((scales == 1).all()):
+            return model_cond(x_t, time)
         both = model_both(torch.cat([x_t, x_t]), torch.cat([time, time]))  # [2B,C',H,W]
         cond, uncond = both.chunk(2)
         if not learned_variance:
-            return uncond + scale * (cond - uncond)
+            return _led_away(cond, uncond, scales, rescale)
         cond_mean, variance = cond.chunk(2, dim=1)
         uncond_mean, _ = uncond.chunk(2, dim=1)
-        return torch.cat([uncond_mean + scale * (cond_mean - uncond_mean), variance], dim=1)
+        return torch.cat([_led_away(cond_mean, uncond_mean, scales, rescale), variance], dim=1)
 
     return guided
 
 
-def similarity_gradient(
-    encode_image: Callable[[Tensor, Tensor], Tensor],
-    text_features: Tensor,
-    scale: float,
-    to_model_time: Callable[[Tensor], Tensor],
-) -> Guide:
-    """Gradient of scale * cos(f(x_t, t), text) by x_t: uphill, towards the text.
+def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
+    """phi x std(x_c) / std(x) + (1 - phi) x (Lin et al. 2024, eqs. 14 to 16).
 
-    A CLIP's similarity stands in for log p(text | x_t) (Nichol et al. 2022, GLIDE, section 2.4).
+    Guidance makes predictions larger, and pictures overexposed; this takes their size back. As
+    published it acts on the network's own prediction (theirs was v), each sample by itself.
 
     Args:
-        encode_image: (x_t, time) -> features [B,E], differentiable by x_t.
-        text_features: [B,E].
-        scale: the strength; negative leads away.
-        to_model_time: from the sampled process's t [B] to the time that the encoder is told.
+        guided: x [B,C,H,W], the guided prediction.
+        cond: x_c [B,C,H,W], the conditional one.
+        phi: 0 leaves x as it is, 1 gives it the conditional one's standard deviation.
     """
-
-    def guide(x_t: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():  # samplers run without gradients
-            x = x_t.detach().requires_grad_(True)
-            features = encode_image(x, to_model_time(t))  # [B,E]
-            similarity = F.cosine_similarity(features, text_features, dim=-1)  # [B]
-            (gradient,) = torch.autograd.grad(similarity.sum(), x)
-        return scale * gradient
-
-    return guide
+    dims = tuple(range(1, guided.ndim))
+    wanted = cond.std(dims, correction=0, keepdim=True)
+    found = guided.std(dims, correction=0, keepdim=True)
+    ratio = torch.where(found > 0, wanted / found, 1)  # a flat prediction has no size to take back
+    return guided * (phi * ratio + 1 - phi)
 
 
-def time_of_other_process(
-    sampled: GaussianDiffusion, trained: GaussianDiffusion
-) -> Callable[[Tensor], Tensor]:
-    """What to tell a network trained on another process about a step of the sampled one.
-
-    For `similarity_gradient` with a CLIP of another schedule: it is asked at the step of its own
-    process whose noise level lies nearest. For the process that ``sampled`` was respaced from,
-    this is ``sampled.model_time``.
-
-    Args:
-        sampled: the process that is sampled, respaced or not.
-        trained: the whole process that the network was trained on.
-    Returns:
-        From t int64 [B] in ``sampled`` to what the network is told, [B].
-    """
-    times = trained.model_time(trained.nearest_step(sampled.alpha_bar))  # [T]
-    return lambda t: times.to(t.device)[t]
+def _led_away(cond: Tensor, uncond: Tensor, scales: Tensor, rescale: float) -> Tensor:
+    """uncond + s (cond - uncond), perhaps `rescaled`; scales [B], the others [B,C,H,W]."""
+    # Scales stay float32 beside halves, which hold three digits.
+    scales = scales.to(torch.promote_types(cond.dtype, torch.float32)).to(cond.device)
+    guided = uncond + scales.reshape(-1, *[1] * (cond.ndim - 1)) * (cond - uncond)
+    return rescaled(guided, cond, rescale) if rescale else guided

@@ -14,10 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.spacing import choose_steps
 from diff_dalle.knobs import AUTO, knob, require, require_choice
-
-PREDICTIONS = ("eps", "x0", "v")
 
 
 def betas_linear(num_steps: int) -> Tensor:
@@ -41,27 +40,79 @@ def betas_cosine(num_steps: int) -> Tensor:
     return (1 - alpha_bar[1:] / alpha_bar[:-1]).clamp(max=0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], Tensor]] = {"linear": betas_linear, "cosine": betas_cosine}
+def betas_flow(num_steps: int) -> Tensor:
+    """Variances whose signal and noise are as 1 - s to s, s = 1/T, 2/T, ..., 1 (Liu et al. 2022).
+
+    That is the straight path of rectified flow, made variance preserving: alpha_bar is
+    (1 - s)^2 / ((1 - s)^2 + s^2). The last step holds noise alone, so its variance is 1.
+    Float64 [T].
+    """
+    s = torch.arange(1, num_steps + 1, dtype=torch.float64) / num_steps
+    return betas_of((1 - s) ** 2 / ((1 - s) ** 2 + s**2))
+
+
+def shifted(betas: Tensor, factor: float) -> Tensor:
+    """Variances whose log-SNR is lower by 2 log(factor) at every step (Hoogeboom et al. 2023).
+
+    A picture of ``factor`` times the side length keeps as much of its content under so much more
+    noise (section 3.1). For the flow schedule it is Esser et al. 2024, eq. 23. Float64 [T].
+    """
+    odds = torch.cumprod(1 - betas, 0).reciprocal() - 1  # noise to signal, 1 / SNR
+    return betas_of(1 / (1 + factor**2 * odds))
+
+
+def zero_terminal(betas: Tensor) -> Tensor:
+    """Variances after which nothing of the image is left (Lin et al. 2024, algorithm 1).
+
+    The root of alpha_bar is moved and scaled so that the last one is 0 and the first one stays.
+    Float64 [T], T at least 2.
+    """
+    signal = torch.cumprod(1 - betas, 0).sqrt()
+    return betas_of(((signal - signal[-1]) * (signal[0] / (signal[0] - signal[-1]))) ** 2)
+
+
+def betas_of(alpha_bar: Tensor) -> Tensor:
+    """The variance that each step adds, float64 [T], for shares of the image left after it."""
+    return 1 - alpha_bar / _shift_right(alpha_bar, 1.0)
+
+
+SCHEDULES: dict[str, Callable[[int], Tensor]] = {
+    "linear": betas_linear,
+    "cosine": betas_cosine,
+    "flow": betas_flow,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseConfig:
     """The noise process a network is trained for. A checkpoint is bound to it."""
 
-    noise_schedule: str = knob(AUTO, "linear or cosine; auto: cosine up to 64 pixels, else linear")
+    noise_schedule: str = knob(
+        AUTO, "linear, cosine or flow; auto: cosine up to 64 pixels, else linear"
+    )
+    # Hoogeboom et al. 2023: image_size / 64 for a schedule that is right at 64 pixels.
+    schedule_shift: float = knob(
+        1.0, "more noise for larger pictures: divides the signal-to-noise ratio by its square"
+    )
+    # Lin et al. 2024: else training's last step hints at the mean colour, and sampling's does not.
+    zero_terminal_snr: bool = knob(False, "scale the schedule so that its last step is noise alone")
     diffusion_steps: int = knob(1000, "steps of the process that the network is trained for")
     rescale_timesteps: bool = knob(False, "tell the network a time in 0..1000 at any step count")
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""
         require_choice("noise_schedule", self.noise_schedule, [AUTO, *SCHEDULES])
-        least = 1 if self.noise_schedule == "cosine" else 21
+        least = {"cosine": 1, "flow": 1}.get(self.noise_schedule, 21)
         require(
             self.diffusion_steps >= least,
             "diffusion_steps",
             self.diffusion_steps,
             f"be at least {least} with --noise_schedule {self.noise_schedule}",
         )
+        single = self.zero_terminal_snr and self.diffusion_steps == 1
+        must = "be at least 2 with --zero_terminal_snr"
+        require(not single, "diffusion_steps", self.diffusion_steps, must)
+        require(self.schedule_shift > 0, "schedule_shift", self.schedule_shift, "be above 0")
 
     def resolve(self, image_size: int) -> str:
         """The schedule's name: cosine for ``auto`` up to 64 pixels a side, linear above."""
@@ -69,12 +120,19 @@ class NoiseConfig:
             return self.noise_schedule
         return "cosine" if image_size <= 64 else "linear"
 
+    @property
+    def ends_in_noise(self) -> bool:
+        """Whether nothing of the image is left at the last step."""
+        return self.zero_terminal_snr or self.noise_schedule == "flow"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessConfig(NoiseConfig):
     """The noise process of a network that takes noise away, and what that network predicts."""
 
-    prediction: str = knob("eps", "what the network predicts: eps, x0 or v")
+    prediction: str = knob("eps", "what the network predicts: eps, x0, v, edm or flow")
+    # Karras et al. 2022, table 1: images in [-1, 1] of natural scenes.
+    sigma_data: float = knob(0.5, "with --prediction edm: standard deviation of the images")
     predict_xstart: bool = knob(False, "the older spelling of --prediction x0")
     sigma_small: bool = knob(
         False, "without --learn_sigma: the smaller fixed variance at every step count"
@@ -83,13 +141,18 @@ class ProcessConfig(NoiseConfig):
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""
         super().__post_init__()
-        require_choice("prediction", self.prediction, PREDICTIONS)
+        require_choice("prediction", self.prediction, [*PREDICTIONS])
+        require(self.sigma_data > 0, "sigma_data", self.sigma_data, "be above 0")
         require(
-            not (self.predict_xstart and self.prediction == "v"),
+            not self.predict_xstart or self.prediction in ("eps", "x0"),
             "prediction",
             self.prediction,
             "be x0 (or left out) when --predict_xstart is True",
         )
+        hopeless = self.ends_in_noise and self.resolved_prediction == "eps"
+        must = "be x0, v, edm or flow: with --zero_terminal_snr or --noise_schedule flow the last "
+        must += "step is noise alone, and to name it says nothing of the image"
+        require(not hopeless, "prediction", self.prediction, must)
 
     @property
     def resolved_prediction(self) -> str:
@@ -114,16 +177,25 @@ class Schedule:
     base_steps: int
 
     @classmethod
-    def make(cls, name: str, num_steps: int) -> Schedule:
-        """The schedule called ``name`` ("linear" or "cosine")."""
-        return cls.from_betas(SCHEDULES[name](num_steps))
+    def make(
+        cls, name: str, num_steps: int, *, shift: float = 1.0, zero_terminal_snr: bool = False
+    ) -> Schedule:
+        """The schedule called ``name`` in `SCHEDULES`, perhaps `shifted` and `zero_terminal`."""
+        betas = SCHEDULES[name](num_steps)
+        if shift != 1:
+            betas = shifted(betas, shift)
+        return cls.from_betas(zero_terminal(betas) if zero_terminal_snr else betas)
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> Schedule:
-        """A base process from its variances, each in (0, 1). A `ValueError` otherwise."""
+        """A base process from its variances, each in (0, 1); the last one may be 1.
+
+        A `ValueError` otherwise.
+        """
         betas = betas.to("cpu", torch.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not ((betas > 0) & (betas < 1)).all():
-            raise ValueError("betas must be a vector of numbers between 0 and 1, both excluded")
+        valid = betas.ndim == 1 and len(betas) > 0
+        if not valid or not ((betas > 0).all() and (betas[:-1] < 1).all() and betas[-1] <= 1):
+            raise ValueError("betas must be a vector of numbers in (0, 1), the last one in (0, 1]")
         return cls(betas, torch.cumprod(1 - betas, 0), torch.arange(len(betas)), len(betas))
 
     def respace(self, spec: str, spacing: str = "uniform") -> Schedule:
@@ -137,8 +209,7 @@ class Schedule:
         """
         kept = torch.tensor(steps)
         alpha_bar = self.alpha_bar[kept]
-        betas = 1 - alpha_bar / _shift_right(alpha_bar, 1.0)
-        return Schedule(betas, alpha_bar, self.timestep_map[kept], self.base_steps)
+        return Schedule(betas_of(alpha_bar), alpha_bar, self.timestep_map[kept], self.base_steps)
 
     @cached_property
     def alpha_bar_prev(self) -> Tensor:
@@ -152,7 +223,10 @@ class Schedule:
 
     @cached_property
     def log_snr(self) -> Tensor:
-        """log(alpha_bar / (1 - alpha_bar)), which falls with every step. Float64 [T]."""
+        """log(alpha_bar / (1 - alpha_bar)), which falls with every step. Float64 [T].
+
+        Minus infinity at a last step that is noise alone.
+        """
         return torch.logit(self.alpha_bar)
 
     @cached_property

@@ -24,18 +24,25 @@ from diff_dalle.knobs import knob, require, require_choice
 class TimestepConfig:
     """How often training visits each noise level."""
 
-    schedule_sampler: str = knob("uniform", "uniform, loss-second-moment or logsnr-normal")
+    schedule_sampler: str = knob(
+        "uniform", "uniform, loss-second-moment, logsnr-normal or logit-normal"
+    )
     logsnr_mean: float = knob(-2.2, "logsnr-normal: mean of the log signal-to-noise ratio")
     logsnr_std: float = knob(1.6, "logsnr-normal: its standard deviation")
     logsnr_uniform: float = knob(0.1, "logsnr-normal: share of steps drawn uniformly instead")
+    # Esser et al. 2024: 0 and 1 did best in their comparison.
+    logit_mean: float = knob(0.0, "logit-normal: mean of log(sigma / signal)")
+    logit_std: float = knob(1.0, "logit-normal: its standard deviation")
+    logit_uniform: float = knob(0.1, "logit-normal: share of steps drawn uniformly instead")
 
     def __post_init__(self) -> None:
         """Raise a `UsageError` that names the wrong field."""
         require_choice("schedule_sampler", self.schedule_sampler, list(TIMESTEP_SAMPLERS))
-        require(self.logsnr_std > 0, "logsnr_std", self.logsnr_std, "be above 0")
-        require(
-            0 <= self.logsnr_uniform <= 1, "logsnr_uniform", self.logsnr_uniform, "be from 0 to 1"
-        )
+        for name in ("logsnr_std", "logit_std"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "be above 0")
+        for name in ("logsnr_uniform", "logit_uniform"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, name, share, "be from 0 to 1")
 
 
 class TimestepSampler(Protocol):
@@ -133,26 +140,32 @@ class LossSecondMomentSampler:
         self._losses = [deque(row[:count], maxlen=self.history) for row, count in rows]
 
 
-class LogSNRNormalSampler:
-    """Steps whose log-SNR is normally distributed, weight 1: the choice is the weighting.
+class NormalSampler:
+    """Steps whose noise level is normally distributed, weight 1: the choice is the weighting.
 
-    p_t is proportional to N(log-SNR_t; mean, std) |d log-SNR_t|, the discrete form of a
-    log-normal noise level (Karras et al. 2022, table 1, noise distribution). A uniform share
-    keeps every step trained: a network asked at noise levels it never met ruins the sample.
+    p_t is proportional to N(level_t; mean, std) |d level_t| for a measure of noise level that
+    rises or falls with the step. A uniform share keeps every step trained: a network asked at
+    noise levels it never met ruins the sample.
     """
 
-    def __init__(self, log_snr: Tensor, *, mean: float, std: float, uniform: float = 0.0) -> None:
-        """``log_snr`` is float64 [T], falling.
+    def __init__(
+        self, level: Tensor, *, mean: float, std: float, uniform: float, name: str, what: str
+    ) -> None:
+        """``level`` is float64 [T], monotone, infinite at most at steps that hold noise alone.
 
-        A `UsageError` where the density is 0 at every step of it.
+        Those have density 0. A `UsageError` where the density is 0 at every step; it calls the
+        level ``what`` and the knobs --``name``_mean and --``name``_std.
         """
-        edges = torch.cat([log_snr[:1], (log_snr[1:] + log_snr[:-1]) / 2, log_snr[-1:]])
-        width = edges[:-1] - edges[1:]  # [T]
-        density = torch.exp(-0.5 * ((log_snr - mean) / std) ** 2) * width
-        ends = f"{float(log_snr[-1]):.1f} to {float(log_snr[0]):.1f}"
-        must = f"lie within the schedule's log-SNR ({ends}), or in reach of --logsnr_std {std:g}"
-        require(bool(density.sum() > 0), "logsnr_mean", mean, must)
-        self._probabilities = (1 - uniform) * density / density.sum() + uniform / len(log_snr)
+        finite = torch.isfinite(level)
+        inside = level[finite]
+        edges = torch.cat([inside[:1], (inside[1:] + inside[:-1]) / 2, inside[-1:]])
+        density = torch.zeros_like(level)
+        density[finite] = torch.exp(-0.5 * ((inside - mean) / std) ** 2) * edges.diff().abs()
+        low, high = sorted((float(inside[0]), float(inside[-1])))
+        reach = f"or in reach of --{name}_std {std:g}"
+        must = f"lie within the schedule's {what} ({low:.1f} to {high:.1f}), {reach}"
+        require(bool(density.sum() > 0), f"{name}_mean", mean, must)
+        self._probabilities = (1 - uniform) * density / density.sum() + uniform / len(level)
         self._on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def probabilities(self) -> Tensor:
@@ -176,11 +189,29 @@ def _uniform(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampl
 
 
 def _logsnr_normal(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
-    return LogSNRNormalSampler(
+    """The log-SNR is normal: Karras et al. 2022, table 1, noise distribution."""
+    return NormalSampler(
         diffusion.schedule.log_snr,
         mean=cfg.logsnr_mean,
         std=cfg.logsnr_std,
         uniform=cfg.logsnr_uniform,
+        name="logsnr",
+        what="log-SNR",
+    )
+
+
+def _logit_normal(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
+    """s of the straight path is logit-normal (Esser et al. 2024, section 3.1).
+
+    s is sigma / (signal + sigma), so log(s / (1 - s)) is minus half the log-SNR, on any schedule.
+    """
+    return NormalSampler(
+        -0.5 * diffusion.schedule.log_snr,
+        mean=cfg.logit_mean,
+        std=cfg.logit_std,
+        uniform=cfg.logit_uniform,
+        name="logit",
+        what="logit of sigma / (signal + sigma)",
     )
 
 
@@ -188,6 +219,7 @@ TIMESTEP_SAMPLERS: dict[str, Callable[[TimestepConfig, GaussianDiffusion], Times
     "uniform": _uniform,
     "loss-second-moment": _second_moment,
     "logsnr-normal": _logsnr_normal,
+    "logit-normal": _logit_normal,
 }
 
 

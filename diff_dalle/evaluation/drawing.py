@@ -29,6 +29,9 @@ class DrawingConfig:
     guidance_scale: list[str] = knob(
         ["1.0"], "strength of classifier-free guidance, one a stage; 1 is none"
     )
+    guidance_interval: list[str] = knob(["all"], "its noise levels, as for sample.py")
+    guidance_schedule: list[str] = knob(["constant"], "how it goes over the steps, likewise")
+    guidance_rescale: list[str] = knob(["0.0"], "rescaling of its predictions, likewise")
     sampler: list[str] = knob([AUTO], "the sampler, one a stage, as for sample.py")
     steps: list[str] = knob([], "how many steps, or which, one a stage, as for sample.py")
     step_spacing: list[str] = knob([AUTO], "how steps are spread, one a stage, as for sample.py")
@@ -91,6 +94,9 @@ class Drawer:
                 seed=seed,
                 classifier_scale=[str(classifier_scale)],
                 guidance_scale=cfg.guidance_scale,
+                guidance_interval=cfg.guidance_interval,
+                guidance_schedule=cfg.guidance_schedule,
+                guidance_rescale=cfg.guidance_rescale,
                 sampler=cfg.sampler,
                 steps=cfg.steps,
                 step_spacing=cfg.step_spacing,
@@ -104,7 +110,8 @@ class Drawer:
         cut = self.cascade.describe_cut(
             [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
         )
-        self._tell([*self.cascade.notes, *cut])
+        cost = plan.describe_cost(self.cascade.sizes)
+        self._tell([*self.cascade.notes, *plan.notes(), *cut, cost])
         results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"
         with tqdm(total=len(prompts), desc=name, unit="img") as bar:

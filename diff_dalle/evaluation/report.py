@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from diff_dalle.evaluation.alignment import VERDICT, Truth
@@ -26,15 +27,26 @@ def write_report(
     content: dict[str, Any],
     table: str,
     picture: Image.Image | None = None,
+    terms: Mapping[str, Any] | None = None,
 ) -> list[Path]:
-    """Writes ``name.json``, ``name.md`` and perhaps ``name.png``; returns their paths.
+    """Writes ``name.json``, ``name.md``, perhaps ``name.png`` and ``name_terms.npz``.
 
     There is a number behind the name where files of that name are there already.
+
+    Args:
+        folder: where the files go.
+        name: how they begin.
+        content: of the JSON file.
+        table: of the Markdown file.
+        picture: of the PNG file.
+        terms: arrays of the npz file, by name.
+    Returns:
+        The paths of the files.
     """
     taken = {path.stem for path in folder.iterdir()}
     for number in itertools.count(1):
         stem = name if number == 1 else f"{name}_{number}"
-        if stem in taken:
+        if not taken.isdisjoint((stem, f"{stem}_terms")):
             continue
         data = folder / f"{stem}.json"
         try:
@@ -47,7 +59,10 @@ def write_report(
     files[1].write_text(table + "\n", encoding="utf-8")
     if picture is not None:
         files.append(data.with_suffix(".png"))
-        picture.save(files[2])
+        picture.save(files[-1])
+    if terms is not None:
+        files.append(folder / f"{stem}_terms.npz")
+        np.savez(files[-1], **terms)
     return files
 
 

@@ -10,25 +10,21 @@ Notation: N pictures, H W pixels, h w pixels of the small picture.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from diff_dalle.cascade.consistency import measure, psnr, shrunk
 from diff_dalle.evaluation.features import FEATURES, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import Interval, mean_over_captions
-from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.store import Pictures
 
 CONSISTENT_DB = 30.0
-_LARGEST_DB = 100.0  # of equal pictures, so that a mean stays finite
-_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +94,7 @@ class UpsamplerReport:
 
 def shrink(pictures: Pictures, size: int) -> Pictures:
     """uint8 [N,H,W,3] -> uint8 [N,size,size,3], as training makes an upsampler's input."""
-    chunks = [_shrunk(pictures[i : i + _CHUNK], size) for i in range(0, len(pictures), _CHUNK)]
-    return np.concatenate(chunks).round().clip(0, 255).astype(np.uint8)
+    return shrunk(pictures, (size, size)).round().clip(0, 255).astype(np.uint8)
 
 
 def enlarge_lanczos(pictures: Pictures, size: int) -> Pictures:
@@ -108,25 +103,6 @@ def enlarge_lanczos(pictures: Pictures, size: int) -> Pictures:
     return np.stack(
         [np.asarray(Image.fromarray(p).resize((size, size), lanczos)) for p in pictures]
     )
-
-
-def psnr(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """Peak signal-to-noise ratios [N] in dB of pictures [N,H,W,3] in 0 … 255; at most 100."""
-    ratios = [
-        20 * math.log10(255 / max(float(np.sqrt(np.mean((a - b) ** 2))), 255e-5))
-        for a, b in ((a.astype(np.float64), b.astype(np.float64)) for a, b in _pairs(first, second))
-    ]
-    return np.minimum(np.array(ratios), _LARGEST_DB)
-
-
-def consistency(output: Pictures, small: Pictures) -> NDArray[np.float64]:
-    """dB [N]: outputs [N,H,W,3], shrunk without rounding, against their inputs [N,h,w,3]."""
-    size = small.shape[1]
-    ratios = [
-        psnr(_shrunk(output[i : i + _CHUNK], size), small[i : i + _CHUNK])
-        for i in range(0, len(output), _CHUNK)
-    ]
-    return np.concatenate(ratios)
 
 
 def compare_with_lanczos(true: Pictures, small: Pictures, output: Pictures) -> UpsamplerReport:
@@ -140,7 +116,7 @@ def compare_with_lanczos(true: Pictures, small: Pictures, output: Pictures) -> U
     if not true.shape == output.shape or len(small) != len(true):
         raise ValueError(f"true {true.shape}, small {small.shape}, output {output.shape}")
     lanczos = enlarge_lanczos(small, true.shape[1])
-    ratios = consistency(output, small)
+    ratios = measure(output, small).psnr
     return UpsamplerReport(
         count=len(true),
         small_size=small.shape[1],
@@ -163,16 +139,5 @@ def _distances(name: str, true: Pictures, output: Pictures, lanczos: Pictures) -
     )
 
 
-def _shrunk(pictures: Pictures, size: int) -> NDArray[np.float32]:
-    image = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()  # [B,3,H,W]
-    return downsample(image, size).permute(0, 2, 3, 1).numpy()  # [B,size,size,3]
-
-
 def _tensors(pictures: Pictures) -> Sequence[Tensor]:
     return [torch.from_numpy(np.ascontiguousarray(p)).permute(2, 0, 1) for p in pictures]
-
-
-def _pairs(first: NDArray[Any], second: NDArray[Any]) -> zip[tuple[Any, Any]]:
-    if first.shape != second.shape:
-        raise ValueError(f"pictures {first.shape} and {second.shape} differ in shape")
-    return zip(first, second, strict=True)

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import (
 from diff_dalle.models.attention import CrossAttention, SelfAttention
 from diff_dalle.models.layers import Downsample, ResBlock, Upsample
 
+Resample = ResBlock | Downsample | Upsample
+"""What doubles or halves the size: a residual block, or a convolution."""
+
 _aten = torch.ops.aten
 # What selective checkpointing keeps: products, which cost FLOPs. Norms, activations, dropout
 # and the attention weights (quadratic in memory) are cheap and are computed again.
@@ -48,6 +51,7 @@ class Block(nn.Module):
     """The modules between two skip connections of a U-Net, each of them optional.
 
     Args:
+        before: a module that changes the size, at the start.
         res: the residual block.
         attention: self-attention after it.
         cross: cross-attention after that.
@@ -58,14 +62,16 @@ class Block(nn.Module):
     def __init__(
         self,
         *,
+        before: Resample | None = None,
         res: ResBlock | None = None,
         attention: SelfAttention | None = None,
         cross: CrossAttention | None = None,
-        resample: ResBlock | Downsample | Upsample | None = None,
+        resample: Resample | None = None,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         self.use_checkpoint = use_checkpoint
+        self.before = before
         self.res = res
         self.attention = attention
         self.cross = cross
@@ -84,14 +90,19 @@ class Block(nn.Module):
     def _run(
         self, x: Tensor, embedding: Tensor, text: Tensor | None, bias: Tensor | None
     ) -> Tensor:
+        if self.before is not None:
+            x = _resampled(self.before, x, embedding)
         if self.res is not None:
             x = self.res(x, embedding)
         if self.attention is not None:
             x = self.attention(x)
         if self.cross is not None and text is not None:
             x = self.cross(x, text, bias)
-        if isinstance(self.resample, ResBlock):
-            x = self.resample(x, embedding)
-        elif self.resample is not None:
-            x = self.resample(x)
+        if self.resample is not None:
+            x = _resampled(self.resample, x, embedding)
         return x
+
+
+def _resampled(module: Resample, x: Tensor, embedding: Tensor) -> Tensor:
+    """Features in another size; residual blocks alone hear the embedding."""
+    return module(x, embedding) if isinstance(module, ResBlock) else module(x)

@@ -20,7 +20,8 @@ from diff_dalle.knobs import AUTO, AutoFloat, Floats, Ints, knob, require
 from diff_dalle.models.attention import AttentionPool
 from diff_dalle.models.layers import GroupNorm, LevelEmbedding, channels_last_
 from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_mean
-from diff_dalle.models.unet import BlockFactory, UNetConfig
+from diff_dalle.models.unet import BlockFactory
+from diff_dalle.models.unet_config import UNetConfig
 
 MAX_SCALE = 100.0
 # A hair below log(100), so that its float32 exponential does not round to more than 100.

@@ -16,7 +16,8 @@ from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.layers import LevelEmbedding
 from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_sum
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class Cond:
         mask: bool [B,L], True where a token is real.
         drop: bool [B], captions to replace by the learned null embedding; None: none of them.
         text: [B,L,D], the encoded tokens (then ``tokens`` is not read); see `Generator.encode`.
-        low_res: [B,3,h,w] in [-1, 1], already blurred and noised.
+        low_res: [B,3,h,w] in [-1, 1], already blurred and noised. It is stretched over the whole
+            of the noised image, each axis by itself: another aspect is not an error.
         aug_level: float [B] in [0, 1], the noise level of ``low_res``; None: 0.
     """
 
@@ -118,7 +120,7 @@ class Generator(nn.Module):
         """Predict from a noised image.
 
         Args:
-            x_t: [B,3,H,W].
+            x_t: [B,3,H,W]; H and W multiples of the U-Net's ``downsampling``, square or not.
             t: [B] timesteps, integer or float, 0 … 1000.
             cond: what the stage is told; a missing or needless field is a ValueError.
         Returns:

@@ -1,6 +1,6 @@
 """What an upsampler sees of the smaller stage: shrunk, blurred, noised.
 
-Pure functions of tensors. Notation: B batch, H W pixels.
+Pure functions of tensors. Notation: B batch, C channels, H W pixels, h w pixels when small.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def downsample(image: Tensor, size: int) -> Tensor:
+def downsample(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Shrink without aliasing.
 
     Args:
-        image: float [B,C,H,W], H and W at least ``size``.
-        size: height and width of the result in pixels.
+        image: float [B,C,H,W].
+        size: (h, w) of the result in pixels, at most H and W; one number for both.
     Returns:
-        [B,C,size,size]: the mean over each box for a whole factor, else an antialiased
-        bicubic resize.
+        [B,C,h,w]: the mean over each box for whole factors, else an antialiased bicubic resize.
     """
     height, width = image.shape[2:]
-    if height % size == 0 and width % size == 0:
-        return F.avg_pool2d(image, (height // size, width // size))
-    return F.interpolate(image, (size, size), mode="bicubic", antialias=True)
+    h, w = (size, size) if isinstance(size, int) else size
+    if height % h == 0 and width % w == 0:
+        return F.avg_pool2d(image, (height // h, width // w))
+    return F.interpolate(image, (h, w), mode="bicubic", antialias=True)
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 1) -> Tensor:

@@ -12,6 +12,9 @@ from diff_dalle.knobs import AUTO, knob, require, require_choice
 
 Value = TypeVar("Value")
 
+PerStage = str | float | Sequence[str | float]
+"""One value for all stages, or one a stage."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
@@ -27,8 +30,29 @@ class SampleConfig:
         [], "noised CLIPs that guide, one a stage ('none': no guidance), or one for its own size"
     )
     classifier_scale: list[str] = knob(["1.0"], "strength of the CLIP's gradient, one a stage")
+    classifier_interval: list[str] = knob(
+        ["all"], "noise levels LOW,HIGH at which the CLIP guides, one a stage"
+    )
+    classifier_schedule: list[str] = knob(
+        ["constant"], "how its strength goes over the steps: constant, linear or cosine"
+    )
+    contrast: str = knob(
+        "none", "captions it tells a prompt from: none, prompts (all of them) or a .txt file"
+    )
     guidance_scale: list[str] = knob(
         ["1.0"], "strength of classifier-free guidance, one a stage; 1 is none"
+    )
+    guidance_interval: list[str] = knob(
+        ["all"], "noise levels LOW,HIGH at which there is such guidance, one a stage"
+    )
+    guidance_schedule: list[str] = knob(
+        ["constant"], "how its strength goes over the steps: constant, linear or cosine"
+    )
+    guidance_rescale: list[str] = knob(
+        ["0.0"], "give guided predictions their size back, from 0 (no) to 1, one a stage"
+    )
+    negative_prompts: list[str] = knob(
+        [], "captions it leads away from, one for all pictures or one a prompt ('': none)"
     )
     prompts: list[str] = knob([], "captions to draw, each in quotes")
     data_dir: list[str] = knob(
@@ -99,6 +123,8 @@ class SampleConfig:
         self._check_threshold()
         numbers(self.classifier_scale, "classifier_scale")
         numbers(self.guidance_scale, "guidance_scale")
+        phis = numbers(self.guidance_rescale, "guidance_rescale")
+        require(all(0 <= phi <= 1 for phi in phis), "guidance_rescale", phis, "lie between 0 and 1")
         levels = numbers(self.aug_level, "aug_level")
         require(
             all(0 <= level <= 1 for level in levels), "aug_level", levels, "lie between 0 and 1"
@@ -149,6 +175,16 @@ def numbers(texts: Sequence[str | float], name: str) -> list[float]:
         require(math.isfinite(value), name, text, "be a number (lists are separated by spaces)")
         values.append(value)
     return values
+
+
+def as_texts(value: PerStage) -> list[str]:
+    """Values as a command line would spell them.
+
+    >>> as_texts(3.0), as_texts(["20", 12])
+    (['3.0'], ['20', '12'])
+    """
+    values = [value] if isinstance(value, str | float | int) else value
+    return [str(entry) for entry in values]
 
 
 def per_stage(values: Sequence[Value], stages: int, name: str) -> list[Value]:

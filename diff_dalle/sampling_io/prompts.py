@@ -83,6 +83,27 @@ def repeat_prompts(prompts: Sequence[Prompt], num_samples: int) -> list[Prompt]:
     return [prompts[index % len(prompts)] for index in range(num_samples or len(prompts))]
 
 
+def spread_negative(texts: Sequence[str], count: int) -> list[Prompt]:
+    """The entries of ``--negative_prompts`` for each of ``count`` prompts; none for no entry.
+
+    Args:
+        texts: one for all, or one a prompt; a blank one stands for no negative prompt.
+        count: the number of prompts, before they repeat.
+    Raises:
+        UsageError: another number of entries.
+    """
+    if len(texts) not in (0, 1, count):
+        raise UsageError(
+            f"--negative_prompts has {len(texts)} entries for {count} "
+            f"{'prompt' if count == 1 else 'prompts'}: give one for all, or one a prompt"
+        )
+    named = [
+        Prompt(text.strip(), f"--negative_prompts entry {number}")
+        for number, text in enumerate(texts, start=1)
+    ]
+    return named * (count if len(texts) == 1 else 1)
+
+
 def one_line(text: str) -> str:
     """A text with its line breaks written as escapes, encodable as UTF-8.
 

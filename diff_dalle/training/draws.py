@@ -27,7 +27,10 @@ class Stream(IntEnum):
     AUG_NOISE = 6
     CROP_ROW = 7
     CROP_COLUMN = 8
+    NOISE_OFFSET = 9
+    PERTURBATION = 10
     HELD_OUT = 100  # and upwards, two streams a timestep quartile
+    LIKELIHOOD = 1000  # and upwards, one stream a step
 
 
 def timestep(seed: Tensor) -> Tensor:
@@ -38,6 +41,16 @@ def timestep(seed: Tensor) -> Tensor:
 def noise(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
     """eps: standard normal f32 [B, *shape]."""
     return keyed_noise.normal(seed, shape, Stream.NOISE)
+
+
+def noise_offset(seed: Tensor, channels: int) -> Tensor:
+    """Standard normal f32 [B,C,1,1]: one number for a whole channel of a sample's noise."""
+    return keyed_noise.normal(seed, (channels, 1, 1), Stream.NOISE_OFFSET)
+
+
+def perturbation(seed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """xi: standard normal f32 [B, *shape], for noise that the network is not asked for."""
+    return keyed_noise.normal(seed, shape, Stream.PERTURBATION)
 
 
 def held_out(
@@ -53,6 +66,11 @@ def held_out(
     # quartile + u may round up to the next quarter.
     last = max(0, -(-(quartile + 1) * steps // 4) - 1)
     return t.clamp(max=last), keyed_noise.normal(seed, shape, first + 1)
+
+
+def likelihood(seed: Tensor, shape: tuple[int, ...], step: int) -> Tensor:
+    """eps of one step of the base process, for the variational bound: f32 [B, *shape]."""
+    return keyed_noise.normal(seed, shape, Stream.LIKELIHOOD + step)
 
 
 def caption_drop(seed: Tensor, probability: float) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.defaults import BEST_SPACING, FAST_SAMPLER, default_steps
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.losses import LossConfig, LossTerms, training_losses
+from diff_dalle.diffusion.losses import LossConfig, LossTerms, image_error, training_losses
 from diff_dalle.diffusion.timesteps import (
     LossSecondMomentSampler,
     TimestepConfig,
@@ -38,7 +38,7 @@ from diff_dalle.training.tasks import PreviewFrom, StepContext
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorTaskConfig:
-    """How a generator's training samples are conditioned."""
+    """How a generator's training samples are conditioned and noised."""
 
     cond_drop_prob: float = knob(0.1, "share of captions replaced by the null embedding")
     gaussian_blur: bool = knob(False, "blur the low-resolution input of an upsampler at times")
@@ -50,6 +50,14 @@ class GeneratorTaskConfig:
         0.2, "the low-resolution input is noised to a level between 0 and this; 0: never"
     )
     crop_size: int = knob(0, "pixels of the random crops an upsampler trains on; 0: whole images")
+    # Guttenberg 2023: with 0.1 very dark and very bright pictures come within reach.
+    noise_offset: float = knob(
+        0.0, "size of a normal number added to the noise of each whole channel of a sample"
+    )
+    # Ning et al. 2023: 0.1. Sampling feeds the network its own errors; this is practice for it.
+    input_perturbation: float = knob(
+        0.0, "size, beside 1, of further noise in x_t that the network is not asked for"
+    )
 
     def __post_init__(self) -> None:
         for name in ("cond_drop_prob", "blur_prob", "aug_level_max"):
@@ -58,6 +66,8 @@ class GeneratorTaskConfig:
         low_high = len(self.blur_sigma) == 2 and 0 <= self.blur_sigma[0] <= self.blur_sigma[1]
         require(low_high, "blur_sigma", self.blur_sigma, "be two numbers, low,high, from 0 up")
         require(self.crop_size >= 0, "crop_size", self.crop_size, "be 0 or a size in pixels")
+        for name in ("noise_offset", "input_perturbation"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "not be negative")
 
 
 class GeneratorTask:
@@ -132,16 +142,27 @@ class GeneratorTask:
     def _losses(self, model: nn.Module, batch: Batch, t: Tensor) -> LossTerms:
         """The loss of each sample [B] at steps ``t``: Ho et al. 2020, algorithm 1."""
         x_0, cond = self._condition(batch, training=True)
-        eps = draws.noise(batch.seed, tuple(x_0.shape[1:])).to(x_0)  # [B,3,H,W]
-        return self._terms(model, x_0, cond, t, eps)
+        eps, in_x_t = self._noise(batch.seed, x_0)
+        return self._answer(model, x_0, cond, t, in_x_t).losses(eps, self._loss)
 
-    def _terms(
-        self, model: nn.Module, x_0: Tensor, cond: Cond, t: Tensor, eps: Tensor
-    ) -> LossTerms:
-        x_t = self._diffusion.add_noise(x_0, t, eps)  # [B,3,H,W]
+    def _noise(self, seed: Tensor, x_0: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise that the network is asked for, and the noise in x_t, each [B,3,H,W]."""
+        shape = tuple(x_0.shape[1:])
+        eps = draws.noise(seed, shape).to(x_0)
+        if self._cfg.noise_offset:
+            eps = eps + self._cfg.noise_offset * draws.noise_offset(seed, shape[0]).to(x_0)
+        if not self._cfg.input_perturbation:
+            return eps, eps
+        return eps, eps + self._cfg.input_perturbation * draws.perturbation(seed, shape).to(x_0)
+
+    def _answer(
+        self, model: nn.Module, x_0: Tensor, cond: Cond, t: Tensor, in_x_t: Tensor
+    ) -> _Answer:
+        x_t = self._diffusion.add_noise(x_0, t, in_x_t)  # [B,3,H,W]
+        shown, time = self._diffusion.model_input(x_t, t), self._diffusion.model_time(t)
         with self.precision.autocast():
-            output = model(x_t, self._diffusion.model_time(t), cond)  # [B,3 or 6,H,W]
-        return training_losses(self._diffusion, output, x_0, x_t, t, eps, self._loss)
+            output = model(shown, time, cond)  # [B,3 or 6,H,W]
+        return _Answer(self._diffusion, output, x_0, x_t, t)
 
     def _condition(self, batch: Batch, *, training: bool) -> tuple[Tensor, Cond]:
         """x_0 [B,3,H,W] and what the model is told, both cropped alike where asked.
@@ -197,26 +218,29 @@ class GeneratorTask:
         """Held-out losses at a fixed (t, noise) of each sample in each timestep quartile.
 
         Returns:
-            ``val_loss`` and ``val_loss_q0`` …; and, with captions, over samples whose
-            neighbour's caption differs: ``val_loss_shuffled`` (told that caption),
-            ``val_caption_gain`` (shuffled minus matched, above 0 when captions help) and
-            ``val_caption_wins`` (share of samples that their own caption explains better).
+            ``val_loss`` and ``val_loss_q0`` …, of what training minimises; ``val_x_0_mse`` and
+            its quartiles, which compare between predictions and weightings (not between
+            schedules); and, with captions, over samples whose neighbour's caption differs:
+            ``val_loss_shuffled`` (told that caption), ``val_caption_gain`` (shuffled minus
+            matched, above 0 when captions help) and ``val_caption_wins`` (share of samples that
+            their own caption explains better).
         """
         meter = Meter(self._world.device)
+        steps = self._diffusion.num_steps
         self.model.eval()
         for cpu_batch in batches:
             batch = cpu_batch.to(self._world.device)
             x_0, cond = self._condition(batch, training=False)
+            weights = batch.valid.double()
             for quartile in range(QUARTILES):
-                t, eps = draws.held_out(
-                    batch.seed, tuple(x_0.shape[1:]), quartile, self._diffusion.num_steps
-                )
-                terms = self._terms(self.model, x_0, cond, t, eps.to(x_0))
-                meter.add_by_quartile(
-                    "val_loss", terms.loss, t, self._diffusion.num_steps, batch.valid.double()
-                )
+                t, eps = draws.held_out(batch.seed, tuple(x_0.shape[1:]), quartile, steps)
+                eps = eps.to(x_0)
+                answer = self._answer(self.model, x_0, cond, t, eps)
+                loss = answer.losses(eps, self._loss).loss  # [B]
+                meter.add_by_quartile("val_loss", loss, t, steps, weights)
+                meter.add_by_quartile("val_x_0_mse", answer.image_error(), t, steps, weights)
                 if cond.tokens is not None:
-                    self._measure_captions(meter, x_0, cond, t, eps.to(x_0), terms, batch.valid)
+                    self._measure_captions(meter, x_0, cond, t, eps, loss, batch.valid)
         self.model.train()
         return meter.means(self._world)
 
@@ -227,7 +251,7 @@ class GeneratorTask:
         cond: Cond,
         t: Tensor,
         eps: Tensor,
-        matched: LossTerms,
+        matched: Tensor,
         valid: Tensor,
     ) -> None:
         """How much better a sample's own caption explains it than its neighbour's does."""
@@ -235,10 +259,10 @@ class GeneratorTask:
         order = torch.arange(len(valid), device=valid.device)
         order[valid] = order[valid].roll(1)
         other = replace(cond, tokens=cond.tokens[order], mask=cond.mask[order])
-        terms = self._terms(self.model, x_0, other, t, eps)
+        loss = self._answer(self.model, x_0, other, t, eps).losses(eps, self._loss).loss  # [B]
         comparable = (valid & (cond.tokens != cond.tokens[order]).any(1)).double()  # [B]
-        gain = terms.loss - matched.loss
-        meter.add("val_loss_shuffled", terms.loss, comparable)
+        gain = loss - matched
+        meter.add("val_loss_shuffled", loss, comparable)
         meter.add("val_caption_gain", gain, comparable)
         meter.add("val_caption_wins", (gain > 0).double(), comparable)
 
@@ -278,6 +302,25 @@ class GeneratorTask:
         """Go on from `state_dict`; a sampler that is new to the run starts afresh."""
         if isinstance(self._timesteps, LossSecondMomentSampler) and "timestep_sampler" in state:
             self._timesteps.load_state_dict(state["timestep_sampler"])
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a network answered about x_t, [B,C,H,W] each but t [B]."""
+
+    diffusion: GaussianDiffusion
+    output: Tensor
+    x_0: Tensor
+    x_t: Tensor
+    t: Tensor
+
+    def losses(self, eps: Tensor, cfg: LossConfig) -> LossTerms:
+        """The loss of each sample that was to find ``eps``."""
+        return training_losses(self.diffusion, self.output, self.x_0, self.x_t, self.t, eps, cfg)
+
+    def image_error(self) -> Tensor:
+        """[B]."""
+        return image_error(self.diffusion, self.output, self.x_0, self.x_t, self.t)
 
 
 def random_crop(x_0: Tensor, low_res: Tensor, seed: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -42,21 +42,23 @@ class HeldOut:
 
         The score is `SCORE` of the weights as they are.
         """
-        values = self._task.evaluate(self._watched())
+        batches: list[Batch] = []
+        values = self._task.evaluate(self._opened(batches))
         score = values.get(SCORE, math.nan)
         self._improved = score < self._best
         self._since_best = 0 if self._improved else self._since_best + 1
         self._best = score if self._improved else self._best
         if self._ema.rates:
             with self._ema.applied(self._ema.rates[0]):
-                averaged = self._task.evaluate(self._batches())
+                averaged = self._task.evaluate(batches)
             values |= {f"ema_{name}": value for name, value in averaged.items()}
         return values
 
-    def _watched(self) -> Iterator[Batch]:
-        """The batches; broken samples are noted."""
+    def _opened(self, kept: list[Batch]) -> Iterator[Batch]:
+        """The batches, which go into ``kept`` as well; broken samples are noted."""
         for batch in self._batches():
             self.bad += batch.bad
+            kept.append(batch)
             yield batch
 
     def take_bad(self) -> list[Bad]:

@@ -23,7 +23,7 @@ from diff_dalle.training.forecast import forecast
 from diff_dalle.training.lock import locked
 from diff_dalle.training.metrics import Pace
 from diff_dalle.training.optim import OptimConfig
-from diff_dalle.training.previews import Previews
+from diff_dalle.training.previews import PreviewConfig, Previews
 from diff_dalle.training.report import Report
 from diff_dalle.training.resume import (
     RunRecord,
@@ -48,6 +48,7 @@ def train(
     cfg: TrainConfig,
     optim: OptimConfig,
     *,
+    previews: PreviewConfig | None = None,
     record: RunRecord,
     world: World,
 ) -> Path | None:
@@ -60,6 +61,7 @@ def train(
         data: where batches come from.
         cfg: how long, what to keep and where.
         optim: the optimizer and its rate.
+        previews: grids of samples on the way; None for a task that has none.
         record: what the run is; kept in its checkpoints, and compared when it goes on.
         world: the ranks.
     Returns:
@@ -70,7 +72,7 @@ def train(
     """
     report = Report(shown=world.is_main)
     if cfg.dry_run:
-        try_out(task, data, cfg, optim, record, world, report)
+        try_out(task, data, cfg, optim, previews, record, world, report)
         return None
     folder = choose_folder(cfg, world)
     report.say(f"run folder: {folder}")
@@ -85,14 +87,14 @@ def train(
         del start  # as large as the model, its averages and the optimizer together
         if trainer.held_out is not None:
             trainer.held_out.recall(folder, record, world)
-        previews = choose_previews(trainer)
+        grids = choose_previews(trainer, previews)
         if world.is_main:
             require_room(folder, checkpoint_bytes(task.model, len(cfg.ema_rate)))
             if not known:
                 stack.enter_context(locked(folder))
         open_folder(folder, record, world)
         with errors_to(folder, world):
-            run(trainer, previews, folder, report)
+            run(trainer, grids, folder, report)
     report.say(f"run folder: {folder}")
     return folder
 
@@ -153,6 +155,7 @@ def try_out(
     data: Data,
     cfg: TrainConfig,
     optim: OptimConfig,
+    previews: PreviewConfig | None,
     record: RunRecord,
     world: World,
     report: Report,
@@ -171,17 +174,17 @@ def try_out(
         iterations=first + cfg.dry_run,
         save_interval=cfg.dry_run,
         eval_interval=cfg.dry_run if cfg.eval_interval else 0,
-        num_preview=world.size,
         report_to="none",
     )
+    small = dataclasses.replace(previews, num_preview=world.size) if previews else None
     trainer = Trainer(task, data, short, optim, record, world)
     trainer.begin(start)
     del start
-    previews = choose_previews(trainer)
+    grids = choose_previews(trainer, small)
     with _temporary_folder(world) as folder:
         if world.is_main:
             require_room(folder, size, checkpoints=1)
-        pace = run(trainer, previews, folder, report)
+        pace = run(trainer, grids, folder, report)
         # Other machines may not see the folder, which lies on rank 0's.
         files = sorted(path.name for path in folder.iterdir()) if world.is_main else []
     report.say(forecast(cfg, task.model, first, pace, named, files, world))

@@ -20,9 +20,34 @@ from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.distributed import World, all_gather_objects
 from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
+from diff_dalle.knobs import AUTO, AutoInt, knob, require
 from diff_dalle.training.ema import EMA
 from diff_dalle.training.files import write_whole
 from diff_dalle.training.tasks import Task
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """What the preview grids of a run show, and when they are made."""
+
+    sample_interval: int = knob(0, "steps between two preview grids; 0: with each checkpoint")
+    num_preview: AutoInt = knob(
+        AUTO, "samples of a preview grid; auto: as many as fill 2048 pixels, at most 8; 0: none"
+    )
+    validation_prompts: str | None = knob(
+        None, "file of prompts to preview, one a line; an upsampler takes captions of the data"
+    )
+
+    def __post_init__(self) -> None:
+        steps, number = self.sample_interval, self.num_preview
+        require(steps >= 0, "sample_interval", steps, "be 0 or more")
+        require(number == AUTO or int(number) >= 0, "num_preview", number, "be 0 or more")
+
+    def resolved_num_preview(self, image_size: int) -> int:
+        """How many samples a preview grid shows."""
+        if self.num_preview != AUTO:
+            return int(self.num_preview)
+        return max(1, min(8, 2048 // image_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +56,14 @@ class Previews:
 
     Attributes:
         task: what samples.
+        interval: steps between two grids.
         batch: captions and pictures of this rank's n samples, on the device; n may be 0.
         keys: int64 [n], keys of their noise.
         captions: n texts.
     """
 
     task: Task
+    interval: int
     batch: Batch
     keys: Tensor
     captions: list[str]
@@ -78,6 +105,7 @@ def plan_previews(
     task: Task,
     batch: Batch,
     *,
+    interval: int,
     number: int,
     prompts: list[str],
     tokenizer: Tokenizer | None,
@@ -89,6 +117,7 @@ def plan_previews(
     Args:
         task: what samples.
         batch: this rank's part of a batch of data: captions and pictures to choose from.
+        interval: steps between two grids.
         number: samples of all ranks together, rounded up to equal shares of the ranks.
         prompts: captions in place of the data's, where captions alone decide; may be empty.
         tokenizer: None for a run without captions.
@@ -108,6 +137,7 @@ def plan_previews(
     keys = [key_of(seed, "preview", first + i) for i in range(len(captions))]
     return Previews(
         task=task,
+        interval=interval,
         batch=chosen.to(world.device),
         keys=torch.tensor(keys, dtype=torch.int64, device=world.device),
         captions=captions,

@@ -72,7 +72,7 @@ def open_run_data(
 
     dataset = opened("train")
     held_out = opened("val") if cfg.val_data_dir else None
-    _require_same_data([dataset] if held_out is None else [dataset, held_out], world)
+    require_same_data([dataset] if held_out is None else [dataset, held_out], world)
     tokenizer, text_length = None, 0
     if text is not None:
         tokenizer = choose_tokenizer(cfg, train, dataset, text.vocab_size, world)
@@ -121,8 +121,10 @@ def _held_out_batch(train: TrainConfig, samples: int, world: World) -> int:
     return max(2, min(granted, train.batch_size, share))
 
 
-def _require_same_data(datasets: Sequence[Dataset], world: World) -> None:
+def require_same_data(datasets: Sequence[Dataset], world: World) -> None:
     """Refuse to start where ranks see different shards: each would have an order of its own.
+
+    A collective.
 
     Raises:
         UsageError: says which rank sees what.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diff_dalle.training.metrics import Pace
-from diff_dalle.training.previews import Previews, plan_previews, read_prompts
+from diff_dalle.training.previews import PreviewConfig, Previews, plan_previews, read_prompts
 from diff_dalle.training.report import Report
 from diff_dalle.training.run_log import open_log
 from diff_dalle.training.trainer import Trainer
@@ -62,8 +62,8 @@ class Session:
             trainer.save(self._folder)
         if spoilt:
             raise trainer.bad_share.error()
-        if self._due(cfg.resolved_sample_interval, last):
-            self._preview()
+        if self._previews is not None and self._due(self._previews.interval, last):
+            self._preview(self._previews)
 
     def _due(self, interval: int, last: bool) -> bool:
         return interval > 0 and (last or self._trainer.step % interval == 0)
@@ -79,22 +79,21 @@ class Session:
             self._report.say(f"stops at step {trainer.step}: val_loss no longer improves")
         return values
 
-    def _preview(self) -> None:
+    def _preview(self, previews: Previews) -> None:
         trainer = self._trainer
-        if self._previews is not None:
-            grid = self._previews.write(trainer.step, trainer.ema, self._folder, trainer.world)
-            if grid is not None:
-                self.log.image(trainer.step, "samples", grid)
+        grid = previews.write(trainer.step, trainer.ema, self._folder, trainer.world)
+        if grid is not None:
+            self.log.image(trainer.step, "samples", grid)
 
 
-def choose_previews(trainer: Trainer) -> Previews | None:
+def choose_previews(trainer: Trainer, cfg: PreviewConfig | None) -> Previews | None:
     """What the run's grids show, from the held-out data or else from the training data.
 
     Raises:
         UsageError: the file of prompts cannot be read or is empty.
     """
-    cfg, task, data = trainer.cfg, trainer.task, trainer.data
-    if task.preview_from is None or cfg.num_preview == 0:
+    task, data = trainer.task, trainer.data
+    if cfg is None or task.preview_from is None or cfg.num_preview == 0:
         return None
     prompts: list[str] = []
     if cfg.validation_prompts and task.preview_from == "prompts":
@@ -103,9 +102,10 @@ def choose_previews(trainer: Trainer) -> Previews | None:
     return plan_previews(
         task,
         batch,
+        interval=cfg.sample_interval or trainer.cfg.save_interval,
         number=cfg.resolved_num_preview(batch.image.shape[-1]),
         prompts=prompts,
         tokenizer=data.tokenizer,
-        seed=cfg.seed,
+        seed=trainer.cfg.seed,
         world=trainer.world,
     )

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
-from diff_dalle.diffusion.guidance import classifier_free
+from diff_dalle.diffusion.guidance import Guide
 from diff_dalle.diffusion.samplers import SAMPLERS
+from diff_dalle.diffusion.strength import EVERYWHERE, step_scales
 from diff_dalle.diffusion.thresholding import make_clip
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment
+from diff_dalle.training.guided import guided_model
 
 _START, _AUGMENT, _STEP_0 = 0, 1, 2  # noise streams; a step has one of its own
 
@@ -40,6 +42,9 @@ class StageSettings:
         threshold_percentile: see `dynamic_threshold`.
         threshold_max: see `dynamic_threshold`; 0 is no bound.
         guidance_scale: classifier-free guidance (Ho and Salimans 2022); 1 is none.
+        guidance_interval: noise levels at which there is guidance, see `parse_interval`.
+        guidance_schedule: how its scale varies over the steps, a name of `SCHEDULES`.
+        guidance_rescale: how far its predictions get their size back, 0 to 1; see `rescaled`.
         aug_level: noise level in [0, 1] put on the low-resolution input.
     """
 
@@ -51,6 +56,9 @@ class StageSettings:
     threshold_percentile: float = 0.995
     threshold_max: float = 0.0
     guidance_scale: float = 1.0
+    guidance_interval: str = EVERYWHERE
+    guidance_schedule: str = "constant"
+    guidance_rescale: float = 0.0
     aug_level: float = 0.0
 
     def respace(self, diffusion: GaussianDiffusion) -> GaussianDiffusion:
@@ -61,6 +69,16 @@ class StageSettings:
         """What happens to each estimate of x_0."""
         return make_clip(self.threshold, self.threshold_percentile, self.threshold_max or math.inf)
 
+    def guidance_scales(self, diffusion: GaussianDiffusion) -> Tensor:
+        """The scale of classifier-free guidance at each step of the respaced process, [T]."""
+        return step_scales(
+            diffusion,
+            self.guidance_scale,
+            unguided=1.0,
+            interval=self.guidance_interval,
+            schedule=self.guidance_schedule,
+        )
+
 
 def sample_stage(
     generator: Generator,
@@ -70,7 +88,8 @@ def sample_stage(
     *,
     image_size: int,
     settings: StageSettings,
-    guide: Callable[[Tensor, Tensor], Tensor] | None = None,
+    negative: Cond | None = None,
+    guide: Guide | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Samples one picture a key.
@@ -83,6 +102,7 @@ def sample_stage(
         keys: int64 [B]; all noise of a sample is a function of its key.
         image_size: H = W of the picture, in pixels.
         settings: how to sample.
+        negative: what classifier-free guidance leads away from; see `guided_model`.
         guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
             the steps of the *respaced* process (`StageSettings.respace`).
         callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
@@ -91,6 +111,11 @@ def sample_stage(
     Raises:
         UsageError: guidance without captions to drop.
     """
+    if settings.guidance_scale != 1 and not generator.cfg.cond_text:
+        raise UsageError(
+            f"--guidance_scale is {settings.guidance_scale}: this generator was trained without "
+            "captions, use 1"
+        )
     diffusion = settings.respace(diffusion)
     dtype = next(generator.parameters()).dtype
 
@@ -99,7 +124,14 @@ def sample_stage(
 
     with _evaluating(generator), torch.no_grad():
         cond = _augmented(cond, settings.aug_level, noise)
-        model = _guided_model(generator, generator.encode(cond), settings.guidance_scale)
+        model = guided_model(
+            generator,
+            cond,
+            negative,
+            diffusion,
+            settings.guidance_scales(diffusion),
+            settings.guidance_rescale,
+        )
         x_T = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
         step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
         x_0 = SAMPLERS[settings.sampler](
@@ -133,41 +165,6 @@ def _augmented(cond: Cond, level: float, noise: Callable[[int, tuple[int, ...]],
     levels = torch.full((len(low_res),), level, dtype=low_res.dtype, device=low_res.device)  # [B]
     low_res = augment(low_res, levels, noise(_AUGMENT, tuple(low_res.shape[1:])))
     return dataclasses.replace(cond, low_res=low_res, aug_level=levels)
-
-
-def _guided_model(
-    generator: Generator, cond: Cond, scale: float
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """(x_t, t) -> output; with guidance, captioned and null halves share one batch."""
-    if scale == 1:
-        return lambda x_t, t: generator(x_t, t, cond)
-    if cond.text is None:
-        raise UsageError(
-            f"--guidance_scale is {scale}: this generator was trained without captions, use 1"
-        )
-    both = _doubled(cond)
-    return classifier_free(
-        lambda x_t, t: generator(x_t, t, both), scale, learned_variance=generator.cfg.learn_sigma
-    )
-
-
-def _doubled(cond: Cond) -> Cond:
-    """2B conditions: the first half as given, the second with its caption dropped."""
-
-    def twice(value: Tensor | None) -> Tensor | None:
-        return None if value is None else torch.cat([value, value])
-
-    assert cond.text is not None
-    drop = torch.arange(2 * len(cond.text), device=cond.text.device) >= len(cond.text)
-    return dataclasses.replace(
-        cond,
-        tokens=None,
-        text=twice(cond.text),
-        mask=twice(cond.mask),
-        drop=drop,
-        low_res=twice(cond.low_res),
-        aug_level=twice(cond.aug_level),
-    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from diff_dalle.knobs import AUTO, AutoInt, Floats, knob, require
+from diff_dalle.knobs import AUTO, Floats, knob, require
 from diff_dalle.training.run_log import reporter_names
 
 
@@ -25,13 +25,8 @@ class TrainConfig:
     eval_interval: int = knob(
         1000, "steps between two held-out evaluations (and at the end); 0: none"
     )
-    sample_interval: int = knob(0, "steps between two preview grids; 0: with each checkpoint")
-    eval_samples: int = knob(256, "held-out samples of one evaluation, all ranks together")
-    num_preview: AutoInt = knob(
-        AUTO, "samples of a preview grid; auto: as many as fill 2048 pixels, at most 8; 0: none"
-    )
-    validation_prompts: str | None = knob(
-        None, "file of prompts to preview, one a line; an upsampler takes captions of the data"
+    eval_samples: int = knob(
+        256, "held-out samples of one evaluation, all ranks together; it keeps them in memory"
     )
     resume_checkpoint: str = knob(
         AUTO,
@@ -56,7 +51,7 @@ class TrainConfig:
         """Refuse values out of range and flags that contradict one another."""
         for name in ("batch_size", "iterations", "log_interval", "save_interval", "eval_samples"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "be 1 or more")
-        for name in ("eval_interval", "sample_interval", "dry_run", "global_batch_size"):
+        for name in ("eval_interval", "dry_run", "global_batch_size"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "be 0 or more")
         require(
             self.microbatch == -1 or 1 <= self.microbatch,
@@ -64,8 +59,6 @@ class TrainConfig:
             self.microbatch,
             "be -1 (the whole batch) or a number of samples",
         )
-        if self.num_preview != AUTO:
-            require(int(self.num_preview) >= 0, "num_preview", self.num_preview, "be 0 or more")
         share = self.max_bad_share
         require(0 <= share <= 1, "max_bad_share", share, "lie in [0, 1]")
         for rate in self.ema_rate:
@@ -90,14 +83,3 @@ class TrainConfig:
         whole = self.global_batch_size
         require(whole % ranks == 0, "global_batch_size", whole, f"be a multiple of {ranks} ranks")
         return dataclasses.replace(self, batch_size=whole // ranks) if whole else self
-
-    def resolved_num_preview(self, image_size: int) -> int:
-        """How many samples a preview grid shows."""
-        if self.num_preview != AUTO:
-            return int(self.num_preview)
-        return max(1, min(8, 2048 // image_size))
-
-    @property
-    def resolved_sample_interval(self) -> int:
-        """Steps between two preview grids."""
-        return self.sample_interval or self.save_interval

@@ -1,17 +1,21 @@
-"""Tiny shards and pictures, made inside the tests."""
+"""Tiny shards and pictures, made inside the tests, and a server of shards."""
 
 from __future__ import annotations
 
+import http.server
 import io
 import json
 import sys
 import tarfile
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from diff_dalle.data import remote
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "programs"))
 
@@ -72,3 +76,72 @@ def pack_many() -> Callable[..., list[str]]:
         return keys
 
     return make
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; the first requests of a URL meet the faults in `faults`."""
+
+    files: dict[str, bytes]
+    faults: dict[str, list[str]]
+    asked: list[str]
+    address: str
+    halfway: threading.Event  # set by the fault "pause", which then waits for `go_on`
+    go_on: threading.Event
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+        faults = self.faults.get(self.path, [])
+        fault = faults.pop(0) if faults else ""
+        if self.path not in self.files or fault.isdigit():
+            self.send_error(int(fault or 404))
+            return
+        content, status = self.files[self.path], 200
+        wanted = self.headers.get("Range")
+        if wanted and fault != "no ranges":
+            content, status = content[int(wanted[6:-1]) :], 206
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", str(hash(self.files[self.path])))
+        self.end_headers()
+        if body:
+            self.wfile.write(content[: len(content) // 2])
+            if fault == "pause":
+                self.halfway.set()
+                self.go_on.wait()
+            if fault != "break":
+                self.wfile.write(content[len(content) // 2 :])
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    @classmethod
+    def serve(cls, folder: Path) -> None:
+        """The files of a folder, below the server's address."""
+        for path in folder.rglob("*"):
+            if path.is_file():
+                cls.files[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
+
+    @classmethod
+    def gets(cls, ending: str = ".tar") -> list[str]:
+        """The paths that were fetched, in order."""
+        paths = [line.split()[1] for line in cls.asked if line.startswith("GET")]
+        return [path for path in paths if path.endswith(ending)]
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
+    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.0)
+    handler = type("Handler", (Server,), {"files": {}, "faults": {}, "asked": []})
+    handler.halfway, handler.go_on = threading.Event(), threading.Event()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        handler.address = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
+        yield handler
+        handler.go_on.set()
+        running.shutdown()

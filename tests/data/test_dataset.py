@@ -122,7 +122,7 @@ def test_repeated_keys_and_giants_are_bad(tmp_path: Path, pack, monkeypatch) -> 
         ("c.txt", b"12345"),
     ]
     pack(tmp_path / "0.tar", members)
-    monkeypatch.setattr(dataset_module, "_LARGEST_FILE", 4)
+    monkeypatch.setattr(dataset_module, "LARGEST_FILE", 4)
     dataset = open_folder(tmp_path)
     assert dataset.read(0).image == b"1"
     for sample, reason in ((1, "duplicate key"), (2, "file too large"), (3, "file too large")):

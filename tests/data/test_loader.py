@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import tarfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -114,6 +116,30 @@ def test_only_the_first_samples_are_trained_on(
     dataset = opened(tmp_path, max_train_samples=4)
     batch = next(train_batches(dataset, tokenizer=tokenizer, text_length=8, batch_size=8))
     assert sorted(batch.keys) == sorted(keys[:4] * 2)
+
+
+def test_a_folder_packed_by_tar_is_read_with_its_captions_in_a_field_of_the_json(
+    tmp_path: Path, picture
+) -> None:
+    """As NXTP's shards are: folders and their own entries in the tar, captions in ``cap``."""
+    captions = {"coco/00000/000000012": "sample 12", "coco/00001/000000345": "again 345"}
+    for number, (key, caption) in enumerate(captions.items()):
+        image = tmp_path / f"{key}.jpg"
+        image.parent.mkdir(parents=True)
+        image.write_bytes(picture(number, kind="JPEG"))
+        image.with_suffix(".json").write_text(json.dumps({"cap": caption, "caption": "not this"}))
+        image.with_suffix(".txt").write_text("nor this")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards/0.tar", "w") as archive:
+        archive.add(tmp_path / "coco", "coco")
+    tokenizer = Tokenizer.train(["sample 0123456789 again not nor this"], 300)
+    dataset = opened(tmp_path / "shards", caption_key="cap")
+    assert dataset.bad == [] and len(dataset) == 2
+    batch = next(train_batches(dataset, tokenizer=tokenizer, text_length=24, batch_size=2))
+    assert batch.tokens is not None and batch.bad == [] and batch.valid.all()
+    read = {key: tokenizer.decode(row) for key, row in zip(batch.keys, batch.tokens, strict=True)}
+    assert read == captions
+    assert batch.image.shape == (2, 3, 16, 16) and len(batch.image.unique()) > 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -274,7 +300,7 @@ def test_one_rank_speaks_for_all(tmp_path: Path, pack_many, monkeypatch) -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(open_data(cfg, **asked, show=False)) == 4
-    assert hidden == [False, True]
+    assert hidden == [False] * 3 + [True] * 3  # found, with an index, without
 
 
 def test_fewer_shards_than_readers_and_empty_shards_among_them(

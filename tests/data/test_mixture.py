@@ -51,3 +51,26 @@ def test_visits_are_counted_at_any_position(position: int) -> None:
     samples = [mixture.slot(p).sample for p in range(position)]
     seen = np.bincount(np.searchsorted(sizes, samples, side="right"), minlength=3)
     assert mixture.visits(position) == seen.tolist()
+
+
+@pytest.mark.parametrize("position", [0, 1, 999, 2_345])
+def test_the_shards_of_all_sources_are_needed(position: int) -> None:
+    counts = [[300, 700], [50, 0, 150], [1000]]
+    mixture = Mixture(counts, WEIGHTS, seed=3)
+    alone = [Order(own, key_of(3, "source", source)) for source, own in enumerate(counts)]
+    begun = mixture.visits(position)
+    assert mixture.block(position) == tuple(map(Order.block, alone, begun))
+    got = mixture.needs(position)
+    expected = {
+        (need.blocks, first + need.shard): order.block(visits)[0] + need.blocks
+        for first, order, visits in zip([0, 2, 5], alone, begun, strict=True)
+        for need in order.needs(visits)
+    }
+    assert got == sorted(got) and {(need.blocks, need.shard) for need in got} == {*expected}
+    slots = [mixture.slot(p) for p in range(position, position + 11 * BLOCK)]
+    shard_of = np.repeat(np.arange(6), [count for own in counts for count in own])
+    ahead = [(slot.epoch, shard_of[slot.sample]) for slot in slots]
+    for blocks, positions, shard in got:
+        # A block of so few samples is an epoch. Places in a block of the mixture are drawn.
+        visited = ahead.index((expected[blocks, shard], shard))
+        assert abs(visited - positions) < BLOCK

@@ -47,6 +47,32 @@ def test_the_order_is_the_same_for_ever() -> None:
     assert got == first + second
 
 
+@pytest.mark.parametrize("block", [1, 4, 25, 10_000])
+@pytest.mark.parametrize("counts", COUNTS)
+def test_what_is_needed_is_what_this_block_and_the_next_visit(
+    counts: list[int], block: int
+) -> None:
+    order = Order(counts, seed=3, block_samples=block)
+    shard_of = np.repeat(np.arange(len(counts)), counts)
+    blocks = [order.block(position) for position in range(4 * sum(counts) + 1)]
+    edges = [place for place in range(1, len(blocks)) if blocks[place] != blocks[place - 1]]
+    for position in range(0, 2 * sum(counts), 1 + sum(counts) // 20):
+        end, beyond = [edge for edge in edges if edge > position][:2]
+        expected: dict[tuple[int, int], int] = {}
+        for there in range(position, beyond):
+            shard = int(shard_of[order.slot(there).sample])
+            expected.setdefault((int(there >= end), shard), there - position)
+        got = order.needs(position)
+        assert got == sorted(got) and len(got) == len(expected)
+        assert {(need.blocks, need.shard): need.positions for need in got} == expected
+
+
+def test_a_block_is_read_from_few_shards() -> None:
+    order = Order([10] * 6, seed=0, block_samples=20)
+    shards = [{need.shard for need in order.needs(at) if need.blocks == 0} for at in (0, 20, 40)]
+    assert [len(own) for own in shards] == [2, 2, 2] and len(set().union(*shards)) == 6
+
+
 def test_epochs_and_seeds_differ() -> None:
     def epoch(seed: int, number: int) -> list[int]:
         return [slot.sample for slot in walk(Order([50] * 4, seed), 200 * number, 200)]

@@ -3,73 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-import http.server
 import itertools
 import os
 import pickle
-import threading
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 import torch
 
-from diff_dalle.data import remote
+from diff_dalle.data import loader, remote
 from diff_dalle.data.cache import ShardCache
+from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.loader import DataConfig, open_data, train_batches
+from diff_dalle.data.order import Order
 from diff_dalle.data.remote import FileStat
-from diff_dalle.data.shards import find_shards
+from diff_dalle.data.shard_index import ensure_index
+from diff_dalle.data.shards import ShardFile, find_shards
 from diff_dalle.errors import UsageError
 
 CONTENT = bytes(range(256)) * 2000
-
-
-class Server(http.server.BaseHTTPRequestHandler):
-    """Serves `files`; the first requests of a URL meet the faults in `faults`."""
-
-    files: dict[str, bytes]
-    faults: dict[str, list[str]]
-    asked: list[str]
-    address: str
-
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
-    def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, *, body: bool) -> None:
-        self.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
-        faults = self.faults.get(self.path, [])
-        fault = faults.pop(0) if faults else ""
-        if self.path not in self.files or fault.isdigit():
-            self.send_error(int(fault or 404))
-            return
-        content, status = self.files[self.path], 200
-        wanted = self.headers.get("Range")
-        if wanted and fault != "no ranges":
-            content, status = content[int(wanted[6:-1]) :], 206
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", str(hash(self.files[self.path])))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[: len(content) // 2] if fault == "break" else content)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Server]]:
-    monkeypatch.setattr(remote, "_FIRST_PAUSE_S", 0.0)
-    handler = type("Handler", (Server,), {"files": {}, "faults": {}, "asked": []})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        handler.address = f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield handler
-        running.shutdown()
 
 
 def read(descriptor: int) -> bytes:
@@ -77,7 +32,7 @@ def read(descriptor: int) -> bytes:
         return file.read()
 
 
-def test_what_is_served_is_what_is_read(server: type[Server], tmp_path: Path) -> None:
+def test_what_is_served_is_what_is_read(server: Any, tmp_path: Path) -> None:
     server.files["/a.tar"] = CONTENT
     url = f"{server.address}/a.tar"
     known = remote.stat(url)
@@ -93,7 +48,7 @@ def test_what_is_served_is_what_is_read(server: type[Server], tmp_path: Path) ->
     "faults", [["503"], ["break"], ["break", "500", "break"], ["break", "no ranges"]]
 )
 def test_transfers_that_break_are_taken_up_again(
-    server: type[Server], tmp_path: Path, faults: list[str]
+    server: Any, tmp_path: Path, faults: list[str]
 ) -> None:
     server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
     known = remote.stat(url)
@@ -103,7 +58,7 @@ def test_transfers_that_break_are_taken_up_again(
     assert len(ranged) == sum("break" in fault for fault in faults) + ("500" in faults)
 
 
-def test_what_cannot_be_had_is_said_in_one_line(server: type[Server], tmp_path: Path) -> None:
+def test_what_cannot_be_had_is_said_in_one_line(server: Any, tmp_path: Path) -> None:
     address = server.address
     server.files["/a.tar"] = CONTENT
     server.faults["/a.tar"] = ["500"] * remote.ATTEMPTS
@@ -124,7 +79,7 @@ def test_what_cannot_be_had_is_said_in_one_line(server: type[Server], tmp_path: 
 
 
 def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
-    server: type[Server], tmp_path: Path
+    server: Any, tmp_path: Path
 ) -> None:
     urls = []
     for name in "abc":
@@ -148,7 +103,7 @@ def test_a_cache_stays_within_its_bound_and_keeps_what_was_used_last(
         ShardCache(tmp_path, 10).open(urls[0], FileStat(known[0].size, 1))
 
 
-def test_a_download_that_was_killed_is_gone_on_with(server: type[Server], tmp_path: Path) -> None:
+def test_a_download_that_was_killed_is_gone_on_with(server: Any, tmp_path: Path) -> None:
     server.files["/a.tar"], url = CONTENT, f"{server.address}/a.tar"
     known = remote.stat(url)
     cache = ShardCache(tmp_path, 10**7)
@@ -184,16 +139,9 @@ def test_blobfile_reads_what_it_knows(tmp_path: Path) -> None:
     assert (tmp_path / "copy").read_bytes() == CONTENT[100:]
 
 
-def served(server: type[Server], folder: Path) -> None:
-    """The files of a folder, below the address of the server."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            server.files[f"/{path.relative_to(folder).as_posix()}"] = path.read_bytes()
-
-
 def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list[object]:
     cfg = DataConfig(data_dir=data_dir, cache_dir=str(cache), cache_gb=gib, num_workers=workers)
-    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3, show=False)
     batches = train_batches(dataset, tokenizer=None, text_length=8, batch_size=5)
     found: list[object] = []
     for batch in itertools.islice(batches, 6):
@@ -205,7 +153,7 @@ def read_run(data_dir: list[str], cache: Path, workers: int, gib: float) -> list
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("indexed", [True, False])
 def test_remote_shards_train_as_local_ones_do(
-    server: type[Server],
+    server: Any,
     tmp_path: Path,
     pack_many,
     monkeypatch: pytest.MonkeyPatch,
@@ -219,7 +167,7 @@ def test_remote_shards_train_as_local_ones_do(
     if not indexed:
         for path in local.glob("*.index"):
             path.unlink()
-    served(server, local)
+    server.serve(local)
     room = max(path.stat().st_size for path in local.glob("*.tar")) * 2 / 2**30
     for _ in range(2):
         found = read_run(
@@ -234,17 +182,17 @@ def test_remote_shards_train_as_local_ones_do(
 
 
 def test_a_shard_that_goes_away_makes_bad_samples(
-    server: type[Server], tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     pack_many(tmp_path / "local", [6, 9])
-    served(server, tmp_path / "local")
+    server.serve(tmp_path / "local")
     cfg = DataConfig(
         data_dir=[f"{server.address}/{{00000..00001}}.tar"],
         cache_dir=str(tmp_path / "cache"),
         num_workers=0,
     )
-    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3)
+    dataset = open_data(cfg, split="train", image_size=16, with_text=False, seed=3, show=False)
     for path in (tmp_path / "cache").glob("*.tar"):
         path.unlink()
     del server.files["/00001.tar"]
@@ -263,3 +211,125 @@ def test_a_remote_folder_is_listed(tmp_path: Path, pack_many) -> None:
     assert [shard.name for shard in shards] == ["deep/00000.tar", "deep/00001.tar"]
     with pytest.raises(UsageError, match="no .tar shards there"):
         find_shards(["memory://nothing"])
+
+
+def remote_set(server: Any, cache: Path, pattern: str) -> Dataset:
+    cfg = DataConfig(data_dir=[f"{server.address}/{pattern}"], cache_dir=str(cache), num_workers=0)
+    return open_data(cfg, split="train", image_size=16, with_text=True, seed=3, show=False)
+
+
+def test_the_tokenizer_beside_remote_shards_or_above(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    for folder in ("d/train", "d/more"):
+        pack_many(tmp_path / "local" / folder, [2, 2])
+    server.serve(tmp_path / "local")
+    dataset = remote_set(server, tmp_path / "cache", "d/{train,more}/{00000,00001}.tar")
+    assert dataset.tokenizer_path is None
+    server.files["/tokenizer.json"] = b"too far up"
+    server.faults["/d/tokenizer.json"] = ["403"]
+    assert dataset.tokenizer_path is None
+
+    server.files["/d/tokenizer.json"] = b"above"
+    server.asked.clear()
+    for _ in range(2):
+        path = Path(dataset.tokenizer_path or "")
+        assert path.parent == tmp_path / "cache" and path.read_bytes() == b"above"
+    assert server.gets("tokenizer.json") == ["/d/tokenizer.json"]
+    server.files["/d/more/tokenizer.json"] = b"beside"
+    with pytest.raises(
+        UsageError, match=r"/d/tokenizer.json and \S+/d/more/tokenizer.json differ.*--tokenizer"
+    ):
+        _ = dataset.tokenizer_path
+    server.files["/d/more/tokenizer.json"] = b"above"
+    assert Path(dataset.tokenizer_path or "").read_bytes() == b"above"
+    server.faults["/d/train/tokenizer.json"] = ["500"] * remote.ATTEMPTS
+    with pytest.raises(UsageError, match=r"d/train/tokenizer.json cannot be read .*status 500"):
+        _ = dataset.tokenizer_path
+
+
+@pytest.mark.parametrize(
+    ("url", "folders"),
+    [
+        ("http://host/0.tar", ["http://host"]),
+        ("http://host/a/0.tar", ["http://host/a", "http://host"]),
+        ("s3://bucket/a/b/0.tar", ["s3://bucket/a/b", "s3://bucket/a"]),
+        ("gs://bucket/0.tar", ["gs://bucket"]),
+        ("az://account/container/0.tar", ["az://account/container"]),
+    ],
+)
+def test_nothing_lies_above_a_store(url: str, folders: list[str]) -> None:
+    (shard,) = find_shards([url])
+    assert list(shard.folders) == folders
+
+
+def test_a_tokenizer_in_another_store(tmp_path: Path) -> None:
+    files = fsspec.filesystem("memory")
+    files.pipe("/tokens/train/0.tar", b"")
+    cache = ShardCache(tmp_path, 10**7)
+    (listed,) = remote.list_files("memory://tokens")
+    shard = ShardFile(listed, "0.tar", cache)
+    assert shard.beside("tokenizer.json") is None
+    files.pipe("/tokens/tokenizer.json", b"above")
+    address, path = shard.beside("tokenizer.json") or ("", Path())
+    assert address.endswith("tokens/tokenizer.json") and path.read_bytes() == b"above"
+
+
+def index(folder: Path) -> None:
+    """Index local shards, so that their indices lie beside them."""
+    for path in folder.glob("*.tar"):
+        ensure_index(ShardFile(str(path), path.name))
+
+
+def test_a_pass_over_remote_shards_is_announced(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    local = tmp_path / "local"
+    pack_many(local, [2, 2, 2])
+    index(local)
+    (local / "00001.tar.index").unlink()
+    server.serve(local)
+    server.files["/00000.tar"] += bytes(10_000)  # its index is of another size
+    size = sum(len(server.files[f"/0000{number}.tar"]) for number in (0, 1))
+    monkeypatch.setattr(loader, "_GB", size / 1000)
+    cfg = DataConfig(
+        data_dir=[f"{server.address}/{{00000..00002}}.tar"],
+        cache_dir=str(tmp_path / "cache"),
+        num_workers=0,
+    )
+
+    def said(show: bool) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            open_data(cfg, split="train", image_size=16, with_text=True, seed=0, show=show)
+        return [str(one.message) for one in caught if "index" in str(one.message)]
+
+    (line,) = said(show=True)
+    assert "--data_dir: 2 of 3 remote shards have no index" in line
+    assert "read once, 1,000.0 GB" in line and "\n" not in line
+    assert len([path for path in server.gets() if path != "/00002.tar"]) == 2
+    assert said(show=True) == []  # they are kept
+    (tmp_path / "home").rename(tmp_path / "moved")
+    assert said(show=False) == []
+
+
+def test_a_tokenizer_of_remote_captions_reads_what_training_reads_first(
+    server: Any, tmp_path: Path, pack_many, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Order.__init__, "__defaults__", (6,))
+    pack_many(tmp_path / "local", [3] * 8)
+    index(tmp_path / "local")
+    server.serve(tmp_path / "local")
+    dataset = remote_set(server, tmp_path / "cache", "{00000..00007}.tar")
+    visited = Order(dataset.counts, seed=3)
+    needed = {f"/{need.shard:05d}.tar" for need in visited.needs(0)}
+    keys = {dataset.entry(visited.slot(position).sample)[1].key for position in range(10)}
+    server.asked.clear()
+    captions = [*dataset.captions(10)]
+    assert len(captions) == 9 and captions == [*dataset.captions(10)]
+    assert {caption.removeprefix("sample ").split()[0] for caption in captions} <= keys
+    assert set(server.gets()) <= needed and len(needed) == 4
+    assert len([*dataset.captions(0)]) == 24 * 3  # all of all

@@ -75,7 +75,8 @@ def test_what_is_missing_or_shaped_wrongly_is_named(tmp_path: Path) -> None:
     assert "is missing" in refusal()
     assert f"no such file or folder ({tmp_path} exists)" in refusal(tmp_path / "missing")
     assert "an empty folder" in refusal(tmp_path / "empty")
-    assert "2 loose images, pack them" in refusal(tmp_path / "loose")
+    command = f"python scripts/pack_dataset.py --images {tmp_path}/loose --out_dir OUT"
+    assert f"2 loose images, pack them into tar shards: {command}" in refusal(tmp_path / "loose")
     assert "unpack" in refusal(tmp_path / "zipped")
     assert "2 .parquet, 1 no extension" in refusal(tmp_path / "odd")
     assert "not a .tar file" in refusal(tmp_path / "note.txt")
@@ -83,6 +84,11 @@ def test_what_is_missing_or_shaped_wrongly_is_named(tmp_path: Path) -> None:
     assert "no file matches" in refusal(f"{tmp_path}/{{0..3}}.tar")
     assert "braces" in refusal(f"{tmp_path}/{{0..3.tar")
     assert "not a regular file" in refusal(tmp_path / "pipe.tar")
+
+
+def test_the_packing_command_can_be_pasted(tmp_path: Path) -> None:
+    touch(tmp_path, "my art/a.jpg")
+    assert f"--images '{tmp_path}/my art' --out_dir OUT" in refusal(tmp_path / "my art")
 
 
 def test_nothing_is_run_and_nothing_fetched(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from diff_dalle import keyed_noise
 from diff_dalle.diffusion.defaults import BEST_SPACING, FAST_SAMPLER, default_steps
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import classifier_free
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.samplers import SAMPLERS, invert_ddim, sample_ddim, sample_ddpm
 from diff_dalle.diffusion.schedule import Schedule
 
@@ -75,15 +76,31 @@ def clean_image(x: Tensor, alpha_bar: Tensor, components: tuple[int, ...] = BOTH
 
 
 def network(prediction: str = "eps", components: tuple[int, ...] = BOTH) -> Callable:
-    """A perfect network: told the base step, it answers with the exact eps, x_0 or v."""
+    """A perfect network: shown its input and told the base step, it answers exactly."""
 
-    def model(x_t: Tensor, time: Tensor) -> Tensor:
+    def model(shown: Tensor, time: Tensor) -> Tensor:
         a = BASE.alpha_bar[time].reshape(-1, 1, 1, 1)
-        x_0 = clean_image(x_t, a, components)
-        eps = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
-        return {"eps": eps, "x0": x_0, "v": a.sqrt() * eps - (1 - a).sqrt() * x_0}[prediction]
+        signal, sigma = a.sqrt().clamp(min=1e-150), (1 - a).sqrt()  # 0 / 0 at pure noise
+        c_skip, c_out, c_in = preconditioning(sigma / signal)
+        x_t = {"edm": shown / c_in * signal, "flow": shown * (signal + sigma)}.get(
+            prediction, shown
+        )
+        eps, x_0 = -sigma * score(x_t, a, components), clean_image(x_t, a, components)
+        return {
+            "eps": eps,
+            "x0": x_0,
+            "v": signal * eps - sigma * x_0,
+            "edm": (x_0 - c_skip * x_t / signal) / c_out,
+            "flow": eps - x_0,
+        }[prediction]
 
     return model
+
+
+def preconditioning(sigma: Tensor, data: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in as Karras et al. 2022, table 1, has them."""
+    both = sigma**2 + data**2
+    return data**2 / both, sigma * data / both.sqrt(), 1 / both.sqrt()
 
 
 def component_and_all(x_t: Tensor, time: Tensor) -> Tensor:
@@ -203,9 +220,38 @@ def test_both_guidances_are_the_same_thing_but_for_ddpm(
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_predictions_are_interchangeable(name: str) -> None:
-    eps, x0, v = (draw(name, network(p), process("10", p)) for p in ("eps", "x0", "v"))
-    torch.testing.assert_close(x0, eps, rtol=0, atol=1e-9)
-    torch.testing.assert_close(v, eps, rtol=0, atol=1e-9)
+    found = {p: draw(name, network(p), process("10", p)) for p in PREDICTIONS}
+    for other in found.values():
+        torch.testing.assert_close(other, found["eps"], rtol=0, atol=1e-9)
+
+
+ENDS_IN_NOISE = {
+    "flow": Schedule.make("flow", 8000),
+    "shifted": Schedule.make("flow", 8000, shift=2.0),
+    "zero terminal": Schedule.make("linear", 8000, zero_terminal_snr=True),
+}
+
+
+@pytest.mark.parametrize("schedule", ENDS_IN_NOISE)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_pure_noise_becomes_the_density(
+    name: str, schedule: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a last step of noise alone, where eps says nothing of the image."""
+    monkeypatch.setitem(globals(), "BASE", ENDS_IN_NOISE[schedule])
+    found = {p: draw(name, network(p), process("64", p)) for p in ("x0", "v", "edm", "flow")}
+    assert distance(found["x0"]) < 0.05
+    for other in found.values():
+        torch.testing.assert_close(other, found["x0"], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_noise_alone_is_not_guided(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where x_t says nothing the exact gradient is 0, and the component is still reached."""
+    monkeypatch.setitem(globals(), "BASE", ENDS_IN_NOISE["zero terminal"])
+    diffusion = process("128", "v")
+    guided = draw(name, network("v"), diffusion, gradient(diffusion, 0, 1.0))
+    assert distance(guided, (0,)) < 0.025
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

@@ -1,4 +1,4 @@
-"""The forward process, the three predictions, and the posterior's variance."""
+"""The forward process, what is predicted, and the posterior's variance."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
 
 SCHEDULE = Schedule.make("cosine", 1000)
@@ -30,43 +31,106 @@ def test_add_noise_keeps_unit_variance_and_the_right_share_of_the_image() -> Non
     torch.testing.assert_close(d.add_noise(x_0, T, eps), a**0.5 * x_0 + (1 - a) ** 0.5 * eps)
 
 
-def test_every_prediction_is_turned_into_every_other() -> None:
+def test_eps_and_the_image_are_turned_into_each_other() -> None:
     d, x_0, eps = process(), images(0), images(1)
-    x_t, v = d.add_noise(x_0, T, eps), d.velocity(x_0, T, eps)
-    for found, wanted in (
-        (d.x0_from_eps(eps, x_t, T), x_0),
-        (d.eps_from_x0(x_0, x_t, T), eps),
-        (d.x0_from_v(v, x_t, T), x_0),
-        (d.eps_from_v(v, x_t, T), eps),
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-8)
+    x_t = d.add_noise(x_0, T, eps)
+    torch.testing.assert_close(d.x0_from_eps(eps, x_t, T), x_0, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(d.eps_from_x0(x_0, x_t, T), eps, rtol=1e-8, atol=1e-8)
 
 
 def test_velocity_is_the_derivative_of_x_t_by_the_angle() -> None:
     """Salimans and Ho 2022: with alpha = cos(phi), sigma = sin(phi), v = d x_t / d phi."""
-    d, x_0, eps = process(), images(0), images(1)
+    d, x_0, eps = process("v"), images(0), images(1)
     phi = torch.acos(SCHEDULE.alpha_bar[T].sqrt()).reshape(-1, 1, 1, 1)
     h = 1e-6
     ahead = torch.cos(phi + h) * x_0 + torch.sin(phi + h) * eps
     behind = torch.cos(phi - h) * x_0 + torch.sin(phi - h) * eps
-    torch.testing.assert_close(
-        d.velocity(x_0, T, eps), (ahead - behind) / (2 * h), rtol=0, atol=1e-6
+    torch.testing.assert_close(d.target(x_0, T, eps), (ahead - behind) / (2 * h), rtol=0, atol=1e-6)
+
+
+def test_flow_is_the_derivative_along_the_straight_path_that_the_network_sees() -> None:
+    """Liu et al. 2022, eq. 1: the state is (1 - s) x_0 + s eps, its velocity by s is eps - x_0."""
+    d, x_0, eps = process("flow"), images(0), images(1)
+    ratio = (1 / SCHEDULE.alpha_bar[T] - 1).sqrt().reshape(-1, 1, 1, 1)  # s / (1 - s)
+    s = ratio / (1 + ratio)
+    shown = d.model_input(d.add_noise(x_0, T, eps), T)
+    torch.testing.assert_close(shown, (1 - s) * x_0 + s * eps)
+    torch.testing.assert_close(d.target(x_0, T, eps), eps - x_0, rtol=0, atol=1e-12)
+
+
+def test_the_edm_network_sees_and_answers_what_was_published() -> None:
+    """Karras et al. 2022, table 1, at noise levels of their own: sigma = sqrt(1/alpha_bar - 1)."""
+    d, x_0, eps = process("edm"), images(0), images(1)
+    sigma = (1 / SCHEDULE.alpha_bar[T] - 1).sqrt().reshape(-1, 1, 1, 1)
+    x = x_0 + sigma * eps
+    c_skip, c_in = 0.25 / (sigma**2 + 0.25), 1 / (sigma**2 + 0.25).sqrt()
+    c_out = sigma * 0.5 / (sigma**2 + 0.25).sqrt()
+    x_t = d.add_noise(x_0, T, eps)
+    torch.testing.assert_close(d.model_input(x_t, T), c_in * x)
+    torch.testing.assert_close(d.target(x_0, T, eps), (x_0 - c_skip * x) / c_out)
+    answer = images(2)
+    wanted = c_skip * x + c_out * answer
+    torch.testing.assert_close(d.predict_x0(answer, x_t, T), wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_edm_numbers() -> None:
+    """By hand at alpha_bar 0.5: sigma 1, c_skip 1/5, c_out 1/sqrt(5), c_in twice that."""
+    schedule = Schedule.from_betas(torch.tensor([0.5]))
+    d = GaussianDiffusion(schedule, prediction="edm", variance="fixed_small")
+    x_t, t = torch.full((1, 1, 1, 1), 0.5**0.5, dtype=torch.float64), torch.tensor([0])
+    assert float(d.model_input(x_t, t)) == pytest.approx(2 / 5**0.5, rel=1e-12)
+    assert float(d.predict_x0(torch.ones_like(x_t), x_t, t)) == pytest.approx(
+        0.2 + 5**-0.5, rel=1e-12
     )
+
+
+def test_edm_of_data_as_wide_as_the_noise_is_the_velocity_backwards() -> None:
+    d = GaussianDiffusion(SCHEDULE, prediction="edm", sigma_data=1.0)
+    x_0, eps = images(0), images(1)
+    torch.testing.assert_close(d.target(x_0, T, eps), -process("v").target(x_0, T, eps))
+    torch.testing.assert_close(d.model_input(x_0, T), x_0)  # of unit variance as it is
+
+
+@pytest.mark.parametrize("prediction", ["edm", "flow"])
+def test_the_input_has_the_size_that_networks_like(prediction: str) -> None:
+    """Of images with standard deviation 0.5: 1 for edm at every step, between for flow."""
+    d, a = process(prediction), SCHEDULE.alpha_bar
+    size = (a * 0.25 + 1 - a).sqrt()  # of x_t
+    steps = torch.arange(1000)
+    shown = d.model_input(size.reshape(-1, 1, 1, 1), steps).flatten()
+    if prediction == "edm":
+        torch.testing.assert_close(shown, torch.ones_like(shown))
+    else:
+        assert 0.4 < float(shown.min()) and float(shown.max()) <= 1
+
+
+@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+def test_other_networks_see_x_t_itself(prediction: str) -> None:
+    x_t = images(0)
+    assert process(prediction).model_input(x_t, T) is x_t
+
+
+def test_fewer_steps_keep_the_prediction() -> None:
+    d = GaussianDiffusion(SCHEDULE, prediction="edm", sigma_data=0.3)
+    short, x_t = d.respace("25"), images(0)
+    t = torch.tensor([0, 1, 12, 24])
+    base = short.schedule.timestep_map[t]
+    assert torch.equal(short.model_input(x_t, t), d.model_input(x_t, base))
 
 
 @pytest.mark.parametrize("clip", [True, False])
 def test_predictions_give_the_same_posterior(clip: bool) -> None:
     x_t, guess = images(0), images(1)
     eps = process().eps_from_x0(guess, x_t, T)
-    outputs = {"x0": guess, "eps": eps, "v": process().velocity(guess, T, eps)}
-    found = [process(p).posterior(out, x_t, T, clip=clip) for p, out in outputs.items()]
+    processes = [process(p) for p in PREDICTIONS]
+    found = [d.posterior(d.target(guess, T, eps), x_t, T, clip=clip) for d in processes]
     for other in found[1:]:
         torch.testing.assert_close(other.mean, found[0].mean, rtol=1e-8, atol=1e-8)
         torch.testing.assert_close(other.x_0, found[0].x_0, rtol=1e-8, atol=1e-8)
         assert torch.equal(other.log_var, found[0].log_var)
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_network_that_hits_its_target_finds_the_image(prediction: str) -> None:
     d, x_0, eps = process(prediction), images(0), images(1)
     x_t = d.add_noise(x_0, T, eps)
@@ -146,6 +210,40 @@ def test_nearest_step() -> None:
     nearest = short.nearest_step(d.alpha_bar)
     gaps = (short.schedule.log_snr[:, None] - SCHEDULE.log_snr[None, :]).abs()
     assert torch.equal(nearest, gaps.argmin(dim=0))
+
+
+def test_nearest_step_of_a_process_that_ends_in_noise() -> None:
+    d = GaussianDiffusion(
+        Schedule.make("linear", 1000, zero_terminal_snr=True),
+        prediction="v",
+        variance="fixed_small",
+    )
+    for table in (d.alpha_bar, d.alpha_bar.float()):
+        assert torch.equal(d.nearest_step(table), torch.arange(1000))
+    assert d.nearest_step(torch.tensor([1.0, 1e-12, 0.0])).tolist() == [0, 998, 999]
+
+
+def test_noise_alone_gives_the_mean_that_the_network_says() -> None:
+    """At alpha_bar 0 nothing of x_t is kept, and every learned variance lies in its range."""
+    schedule = Schedule.make("flow", 10)
+    t, x_t, answer = torch.full((4,), 9), images(0), images(1)
+    for prediction, x_0 in {
+        "x0": answer,
+        "v": -answer,
+        "edm": 0.5 * answer,
+        "flow": x_t - answer,
+    }.items():
+        d = GaussianDiffusion(schedule, prediction=prediction)
+        p = d.posterior(torch.cat([answer, answer], 1), x_t, t, clip=False)
+        torch.testing.assert_close(p.x_0, x_0)
+        torch.testing.assert_close(p.mean, schedule.alpha_bar[8].sqrt() * x_0)
+        ends = (1 - schedule.alpha_bar[8]).log()  # and log beta, 0
+        torch.testing.assert_close(p.log_var, (1 - answer) / 2 * ends)
+
+
+def test_noise_that_says_nothing_of_the_image_is_no_prediction() -> None:
+    with pytest.raises(ValueError, match="prediction is 'eps': the last step holds noise alone"):
+        GaussianDiffusion(Schedule.make("flow", 10))
 
 
 @pytest.mark.parametrize(

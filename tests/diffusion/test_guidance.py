@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from diff_dalle.diffusion.clip_guidance import clip_gradient, similarity, time_of_other_process
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.guidance import (
-    Model,
-    classifier_free,
-    shift_mean,
-    shift_score,
-    similarity_gradient,
-    time_of_other_process,
-)
+from diff_dalle.diffusion.guidance import Model, classifier_free, rescaled, shift_mean, shift_score
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.samplers.contract import flow_step
 from diff_dalle.diffusion.schedule import Schedule
 
@@ -47,7 +43,8 @@ class Encoder(nn.Module):
 
 def guide_of(encoder: Encoder, scale: float = 1.0) -> tuple[Callable, Tensor]:
     text = F.normalize(torch.arange(15, dtype=torch.float64).reshape(3, 5).sin(), dim=-1)
-    return similarity_gradient(encoder, text, scale, COSINE.respace("10").model_time), text
+    told = COSINE.respace("10").model_time
+    return clip_gradient(encoder, similarity(text, 1.0), scale, told), text
 
 
 def test_the_gradient_points_uphill() -> None:
@@ -83,7 +80,8 @@ def test_guides_work_where_gradients_are_off_and_leave_the_encoder_alone() -> No
 def test_one_samples_gradient_does_not_depend_on_its_neighbours() -> None:
     encoder, x, t = Encoder(), images(0), torch.tensor([0, 4, 9])
     guide, text = guide_of(encoder)
-    alone = similarity_gradient(encoder, text[1:2], 1.0, COSINE.respace("10").model_time)
+    told = COSINE.respace("10").model_time
+    alone = clip_gradient(encoder, similarity(text[1:2], 1.0), 1.0, told)
     torch.testing.assert_close(alone(x[1:2], t[1:2])[0], guide(x, t)[1])
 
 
@@ -169,25 +167,60 @@ def test_classifier_free_scales() -> None:
     torch.testing.assert_close(all_channels, 3 * c - 2 * u)
 
 
+def test_rescaling_gives_the_standard_deviation_back() -> None:
+    """Lin et al. 2024, section 3.4, in numpy."""
+    guided, wanted = images(0) * 4 + 1, images(1) * 0.7
+    for phi in (0.0, 0.3, 1.0):
+        found = rescaled(guided, wanted, phi)
+        for n in range(3):
+            x, x_c = guided[n].numpy(), wanted[n].numpy()
+            taken_back = x * x_c.std() / x.std()
+            np.testing.assert_allclose(found[n].numpy(), phi * taken_back + (1 - phi) * x)
+    torch.testing.assert_close(rescaled(guided, wanted, 1.0).std((1, 2, 3)), wanted.std((1, 2, 3)))
+    flat = torch.ones_like(guided)
+    assert torch.equal(rescaled(flat, wanted, 1.0), flat)
+
+
+def test_guided_predictions_are_rescaled_and_variances_are_not() -> None:
+    x = images(0)
+    c, both = cond(x, T), side_by_side(cond, uncond)
+    plain = classifier_free(both, 3.0, True)(x, T)
+    found = classifier_free(both, 3.0, True, rescale=0.7)(x, T)
+    torch.testing.assert_close(found[:, :3], rescaled(plain[:, :3], c[:, :3], 0.7))
+    assert torch.equal(found[:, 3:], c[:, 3:]) and not torch.allclose(found[:, :3], plain[:, :3])
+
+
+def test_each_sample_of_a_batch_has_the_scale_of_its_time() -> None:
+    """Both branches are asked as soon as one sample needs them."""
+    x, both = images(0), side_by_side(cond, uncond)
+    scales = torch.tensor([3.0, 1.0, 0.0], dtype=torch.float64)
+    found = classifier_free(both, lambda time: scales, True, model_cond=cond)(x, T)
+    for n, scale in enumerate(scales.tolist()):
+        torch.testing.assert_close(found[n], classifier_free(both, scale, True)(x, T)[n])
+
+
+def test_scales_stay_precise_beside_half_precision() -> None:
+    x = images(0).to(torch.bfloat16)
+    both = side_by_side(cond, uncond)
+    found = classifier_free(both, 1.337, False)(x, T)
+    c, u = cond(x, T).double(), uncond(x, T).double()
+    torch.testing.assert_close(found.double(), u + 1.337 * (c - u), rtol=0.005, atol=0.05)
+    assert found.dtype == torch.float32
+
+
 def constant(output: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda x, time: output
 
 
 def test_classifier_free_guidance_commutes_with_the_prediction() -> None:
-    """Extrapolating eps, x_0 or v is the same guidance."""
+    """Extrapolating any prediction is the same guidance."""
     x_t, c, u = images(0), images(1), images(2)
-    found = []
-    for prediction, turn in (
-        ("x0", lambda x_0: x_0),
-        ("eps", lambda x_0: COSINE.eps_from_x0(x_0, x_t, T)),
-        ("v", lambda x_0: COSINE.velocity(x_0, T, COSINE.eps_from_x0(x_0, x_t, T))),
-    ):
+    for prediction in PREDICTIONS:
         d = GaussianDiffusion(COSINE.schedule, prediction=prediction, variance="fixed_small")
-        both = side_by_side(constant(turn(c)), constant(turn(u)))
-        model = classifier_free(both, 4.0, False)
-        found.append(d.predict_x0(model(x_t, T), x_t, T))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-7, atol=1e-7)
-    torch.testing.assert_close(found[0], found[2], rtol=1e-7, atol=1e-7)
+        answers = [d.target(x_0, T, d.eps_from_x0(x_0, x_t, T)) for x_0 in (c, u)]
+        model = classifier_free(side_by_side(*map(constant, answers)), 4.0, False)
+        found = d.predict_x0(model(x_t, T), x_t, T)
+        torch.testing.assert_close(found, 4 * c - 3 * u, rtol=1e-7, atol=1e-7)
 
 
 def test_a_clip_of_the_same_process_is_told_the_base_step() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,15 @@ from diff_dalle.diffusion.losses import (
     LossConfig,
     LossTerms,
     discretized_gaussian_log_likelihood,
+    image_error,
+    loss_weight,
     normal_kl,
     training_losses,
     vb_terms_bpd,
 )
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.schedule import Schedule
+from diff_dalle.errors import UsageError
 
 T = torch.tensor([0, 1, 400, 998])
 
@@ -74,13 +79,16 @@ def test_improbable_levels_stay_finite() -> None:
     assert torch.isfinite(torch.autograd.grad(value.sum(), x)[0]).all()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
 def test_squared_error_of_the_target(prediction: str, variance: str) -> None:
     d = process(prediction, variance)
     output = images(1, 6 if variance == "learned_range" else 3)
     x_0, noise = images(10).clamp(-1, 1), images(11)
-    target = {"eps": noise, "x0": x_0, "v": d.velocity(x_0, T, noise)}[prediction]
+    a = d.alpha_bar[T].reshape(-1, 1, 1, 1)
+    v, root = a.sqrt() * noise - (1 - a).sqrt() * x_0, (1 - a + a / 4).sqrt()
+    edm = (2 * (1 - a).sqrt() * x_0 - a.sqrt() * noise / 2) / root
+    target = {"eps": noise, "x0": x_0, "v": v, "edm": edm, "flow": noise - x_0}[prediction]
     terms = losses(d, output, LossConfig())
     assert terms.mse is not None
     torch.testing.assert_close(terms.mse, ((output[:, :3] - target) ** 2).mean((1, 2, 3)))
@@ -90,14 +98,15 @@ def test_squared_error_of_the_target(prediction: str, variance: str) -> None:
         assert terms.vb is not None and torch.equal(terms.loss, terms.mse + terms.vb)
 
 
-def test_variational_terms_are_zero_only_for_the_true_posterior() -> None:
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_variational_terms_are_zero_only_for_the_true_posterior(prediction: str) -> None:
     """The lower end of the range is q's own variance; the target gives q's own mean."""
-    d, x_0, noise = process(), images(10).clamp(-1, 1), images(11)
-    x_t = d.add_noise(x_0, T, noise)
-    exact = torch.cat([noise, torch.full_like(noise, -1.0)], dim=1)
+    d, x_0, noise = process(prediction), images(10).clamp(-1, 1), images(11)
+    x_t, target = d.add_noise(x_0, T, noise), d.target(x_0, T, noise)
+    exact = torch.cat([target, torch.full_like(noise, -1.0)], dim=1)
     found = vb_terms_bpd(d, exact, x_0, x_t, T)
     assert found[1:].abs().max() < 1e-9 and found[0] > 0
-    wrong = torch.cat([noise + 0.1, torch.zeros_like(noise)], dim=1)
+    wrong = torch.cat([target + 0.1, torch.zeros_like(noise)], dim=1)
     assert (vb_terms_bpd(d, wrong, x_0, x_t, T) > found).all()
 
 
@@ -154,6 +163,98 @@ def test_kl_is_summed_over_the_steps() -> None:
 def test_kl_works_with_a_fixed_variance() -> None:
     terms = losses(process(variance="fixed_large"), images(1), LossConfig(use_kl=True))
     assert terms.loss.shape == (4,) and torch.isfinite(terms.loss).all()
+
+
+def weights(d: GaussianDiffusion, t: Tensor, **knobs: Any) -> Tensor:
+    return loss_weight(d, torch.zeros(len(t), dtype=torch.float64), t, LossConfig(**knobs))
+
+
+def test_min_snr_weights_of_the_linear_schedule() -> None:
+    """With gamma 5 eps is weighed down below step 130 alone: Hang et al. 2023."""
+    d, steps = GaussianDiffusion(Schedule.make("linear", 1000)), torch.arange(1000)
+    found = weights(d, steps, loss_weighting="min-snr")
+    assert float(found[100]) == pytest.approx(0.58570851, abs=5e-9)
+    assert float(found[129]) < 1 - 1e-6
+    torch.testing.assert_close(found[130:], torch.ones(870, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_of_every_prediction(gamma: float) -> None:
+    """eps, x_0 and v as published; F and u by their place in D and in the straight path."""
+    a = process().alpha_bar[T]
+    snr, sigma = a / (1 - a), (1 / a - 1).sqrt()
+    least = snr.clamp(max=gamma)
+    c_out, s = sigma * 0.5 / (sigma**2 + 0.25).sqrt(), sigma / (1 + sigma)
+    wanted = {
+        "eps": least / snr,
+        "x0": least,
+        "v": least / (snr + 1),
+        "edm": least * c_out**2,
+        "flow": least * s**2,
+    }
+    for prediction in PREDICTIONS:
+        found = weights(process(prediction), T, loss_weighting="min-snr", min_snr_gamma=gamma)
+        torch.testing.assert_close(found, wanted[prediction])
+
+
+def test_sigmoid_weights() -> None:
+    """Kingma and Gao 2023: sigmoid(b - log SNR) for eps, one half where the log-SNR is b."""
+    d, steps = GaussianDiffusion(Schedule.make("linear", 1000)), torch.arange(1000)
+    found = weights(d, steps, loss_weighting="sigmoid", sigmoid_bias=-1.0)
+    torch.testing.assert_close(found, torch.sigmoid(-1 - d.schedule.log_snr))
+    a_half = Schedule.from_betas(torch.tensor([0.5], dtype=torch.float64))  # log-SNR 0
+    for prediction, wanted in {"eps": 0.5, "x0": 0.5, "v": 0.25, "edm": 0.1, "flow": 0.125}.items():
+        d = GaussianDiffusion(a_half, prediction=prediction)
+        found = weights(d, torch.tensor([0]), loss_weighting="sigmoid", sigmoid_bias=0.0)
+        assert float(found) == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("weighting", ["min-snr", "sigmoid"])
+@pytest.mark.parametrize("variance", ["learned_range", "fixed_small"])
+def test_a_weight_is_for_the_squared_error_alone(weighting: str, variance: str) -> None:
+    """What is logged stays comparable, and the variational term keeps its own scale."""
+    d = process("v", variance)
+    output, cfg = images(1, 6 if d.variance == "learned_range" else 3), LossConfig()
+    plain, found = losses(d, output, cfg), losses(d, output, LossConfig(loss_weighting=weighting))
+    assert found.mse is not None and plain.mse is not None and torch.equal(found.mse, plain.mse)
+    weighted = plain.mse * weights(d, T, loss_weighting=weighting)
+    assert not torch.allclose(weighted, plain.mse)
+    if plain.vb is None or found.vb is None:
+        torch.testing.assert_close(found.loss, weighted)
+    else:
+        assert torch.equal(found.vb, plain.vb)
+        torch.testing.assert_close(found.loss, weighted + plain.vb)
+
+
+@pytest.mark.parametrize("weighting", ["min-snr", "sigmoid"])
+@pytest.mark.parametrize("prediction", ["x0", "v", "edm", "flow"])
+def test_weights_are_finite_where_only_noise_is_left(weighting: str, prediction: str) -> None:
+    d = GaussianDiffusion(Schedule.make("flow", 10), prediction=prediction)
+    found = weights(d, torch.arange(10), loss_weighting=weighting)
+    assert torch.isfinite(found).all() and (found[:-1] > 0).all() and found[-1] == 0
+
+
+def test_the_error_of_the_image_is_the_same_for_every_prediction() -> None:
+    x_0, noise, guess = images(10).clamp(-1, 1), images(11), images(12)
+    wanted = ((guess.clamp(-1, 1) - x_0) ** 2).mean((1, 2, 3))
+    for prediction in PREDICTIONS:
+        d = process(prediction, "fixed_small")
+        x_t = d.add_noise(x_0, T, noise)
+        output = d.target(guess, T, d.eps_from_x0(guess, x_t, T))
+        torch.testing.assert_close(image_error(d, output, x_0, x_t, T), wanted)
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("loss_weighting", {"loss_weighting": "snr"}),
+        ("loss_weighting", {"loss_weighting": "min-snr", "use_kl": True}),
+        ("min_snr_gamma", {"min_snr_gamma": 0.0}),
+    ],
+)
+def test_a_wrong_knob_is_named(field: str, values: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{field} is "):
+        LossConfig(**values)
 
 
 def test_half_precision_outputs_are_scored_in_float32() -> None:

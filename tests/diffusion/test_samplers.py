@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from diff_dalle import keyed_noise
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.predictions import PREDICTIONS
 from diff_dalle.diffusion.samplers import SAMPLERS, ddim_step, ddpm_step, invert_ddim, sample_ddim
 from diff_dalle.diffusion.samplers.contract import flow_step
 from diff_dalle.diffusion.schedule import Schedule
@@ -143,6 +144,24 @@ def test_the_guide_sees_steps_of_the_sampled_process(sample: Callable[..., Tenso
     assert (guided - plain).mean() > 0  # a constant upward gradient makes images brighter
 
 
+def test_the_network_sees_scaled_images_and_the_guide_x_t_itself(
+    sample: Callable[..., Tensor],
+) -> None:
+    d, shown, guided = GaussianDiffusion(SHORT.schedule, prediction="flow"), [], []
+
+    def network(x: Tensor, time: Tensor) -> Tensor:
+        shown.append(x)
+        return Network()(x, time)
+
+    def guide(x_t: Tensor, t: Tensor) -> Tensor:
+        guided.append(x_t)
+        return torch.zeros_like(x_t)
+
+    sample(network, start(), d, noise=keyed(KEYS), guide=guide)
+    assert torch.equal(guided[0], start())
+    torch.testing.assert_close(shown[0], start() / (d._tables["signal"] + d._tables["sigma"])[-1])
+
+
 def test_a_zero_gradient_changes_nothing(sample: Callable[..., Tensor]) -> None:
     guided = sample(
         Network(), start(), SHORT, noise=keyed(KEYS), guide=lambda x_t, t: torch.zeros_like(x_t)
@@ -156,7 +175,7 @@ def test_a_process_of_one_step(sample: Callable[..., Tensor]) -> None:
     assert torch.isfinite(x_0).all()
 
 
-@pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_a_thousand_float32_steps_stay_close_to_float64(
     sample: Callable[..., Tensor], prediction: str
 ) -> None:

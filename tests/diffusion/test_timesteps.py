@@ -15,7 +15,6 @@ from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.schedule import Schedule
 from diff_dalle.diffusion.timesteps import (
     TIMESTEP_SAMPLERS,
-    LogSNRNormalSampler,
     LossSecondMomentSampler,
     TimestepConfig,
     TimestepSampler,
@@ -145,8 +144,13 @@ def test_second_moment_goes_on_from_its_state() -> None:
         LossSecondMomentSampler(49).load_state_dict(old.state_dict())
 
 
+def by_log_snr() -> TimestepSampler:
+    cfg = TimestepConfig(schedule_sampler="logsnr-normal", logsnr_uniform=0.0)
+    return make_timestep_sampler(cfg, DIFFUSION)
+
+
 def test_log_snr_is_normally_distributed() -> None:
-    sampler = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6)
+    sampler = by_log_snr()
     t, weights = sampler.sample(stratified(400_000))
     drawn = LOG_SNR[t]
     assert float(drawn.mean()) == pytest.approx(-2.2, abs=0.02)
@@ -158,11 +162,36 @@ def test_log_snr_is_normally_distributed() -> None:
 
 
 def test_log_snr_probabilities_are_density_times_width() -> None:
-    p = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6).probabilities()
+    p = by_log_snr().probabilities()
     density = torch.exp(-0.5 * ((LOG_SNR[1:-1] + 2.2) / 1.6) ** 2)
     width = (LOG_SNR[:-2] - LOG_SNR[2:]) / 2
     wanted = density * width
     torch.testing.assert_close(p[1:-1] / p[500], wanted / wanted[499], rtol=1e-9, atol=1e-30)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow"])
+def test_the_share_of_noise_is_logit_normal(schedule: str) -> None:
+    """Esser et al. 2024, section 3.1, on the straight path's s whatever the schedule."""
+    process = GaussianDiffusion(Schedule.make(schedule, 1000), prediction="flow")
+    cfg = TimestepConfig(
+        schedule_sampler="logit-normal", logit_mean=0.5, logit_std=0.8, logit_uniform=0.0
+    )
+    t, weights = make_timestep_sampler(cfg, process).sample(stratified(400_000))
+    signal, sigma = process.alpha_bar.sqrt(), (1 - process.alpha_bar).sqrt()
+    s = (sigma / (signal + sigma))[t]
+    for share in (0.2, 0.4, 0.5, 0.7, 0.9):
+        z = (math.log(share / (1 - share)) - 0.5) / 0.8
+        wanted = float(torch.special.ndtr(torch.tensor(z)))
+        assert float((s < share).double().mean()) == pytest.approx(wanted, abs=0.004)
+    assert (weights == 1).all()
+
+
+@pytest.mark.parametrize("name", ["logsnr-normal", "logit-normal"])
+def test_a_step_of_noise_alone_has_the_uniform_share(name: str) -> None:
+    process = GaussianDiffusion(Schedule.make("flow", 100), prediction="flow")
+    p = make_timestep_sampler(TimestepConfig(schedule_sampler=name), process).probabilities()
+    assert float(p.sum()) == pytest.approx(1) and float(p[-1]) == pytest.approx(0.001)
+    assert (p > 0.00099).all()
 
 
 @pytest.mark.parametrize("mean", [-90.0, 80.0, math.inf])
@@ -172,10 +201,16 @@ def test_a_density_beyond_the_schedule_is_refused(mean: float) -> None:
         make_timestep_sampler(cfg, DIFFUSION)
 
 
+def test_the_other_density_names_its_own_knob() -> None:
+    cfg = TimestepConfig(schedule_sampler="logit-normal", logit_mean=90.0)
+    with pytest.raises(UsageError, match=r"--logit_mean is 90.0.* \(-5.0 to 9.9\).*--logit_std 1"):
+        make_timestep_sampler(cfg, DIFFUSION)
+
+
 def test_a_density_is_summed_once_for_each_device_and_type(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sampler, u = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6), stratified(100)
+    sampler, u = by_log_snr(), stratified(100)
     first, _ = sampler.sample(u)
     sampler.sample(u.float())
 
@@ -191,7 +226,7 @@ def test_a_density_is_summed_once_for_each_device_and_type(
 
 
 def test_a_uniform_share_trains_every_step() -> None:
-    pure = LogSNRNormalSampler(LOG_SNR, mean=-2.2, std=1.6).probabilities()
+    pure = by_log_snr().probabilities()
     cfg = TimestepConfig(schedule_sampler="logsnr-normal", logsnr_uniform=0.2)
     mixed = make_timestep_sampler(cfg, DIFFUSION).probabilities()
     torch.testing.assert_close(mixed, 0.8 * pure + 0.2 / 1000)
@@ -200,7 +235,13 @@ def test_a_uniform_share_trains_every_step() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("schedule_sampler", "lognormal"), ("logsnr_std", 0.0), ("logsnr_uniform", 1.5)],
+    [
+        ("schedule_sampler", "lognormal"),
+        ("logsnr_std", 0.0),
+        ("logsnr_uniform", 1.5),
+        ("logit_std", 0.0),
+        ("logit_uniform", -0.1),
+    ],
 )
 def test_a_wrong_knob_is_named(field: str, value: Any) -> None:
     with pytest.raises(UsageError, match=f"--{field} is "):

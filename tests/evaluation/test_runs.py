@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from diff_dalle import Cascade
 from diff_dalle.data.captions import captions, one_object_captions
 from diff_dalle.data.scenes import sample_scene
 from diff_dalle.data.writer import Sample, write_shards
@@ -147,6 +148,23 @@ def test_the_batch_size_does_not_change_what_is_drawn(models: Path) -> None:
     ]
     assert np.abs(drawn[0] - drawn[1]).max() <= 1
     assert np.abs(drawn[0][3] - drawn[0][0]).max() > 10
+
+
+def test_guidance_is_that_of_sample_py(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guidance: dict[str, Any] = {
+        "guidance_scale": ["4"],
+        "guidance_interval": ["0.1,inf"],
+        "guidance_schedule": ["linear"],
+        "guidance_rescale": ["0.5"],
+    }
+    base = paths(models, "base.pt")
+    drawer = Drawer(DrawingConfig(model_path=base, **FAST, **guidance))
+    drawn = drawer.draw(["a star"], seed=0, classifier_scale=1.0)[0]
+    steps = FAST["timestep_respacing"][0]
+    same = {"sampler": "ddpm", "steps": steps, "step_spacing": "uniform"}
+    expected = Cascade.load(base[0]).sample("a star", **same, **guidance)
+    np.testing.assert_array_equal(drawn, expected.stages[0])
+    assert "network evaluations a picture: 16 px" in capsys.readouterr().out
 
 
 def test_what_the_user_should_know_is_told_once(

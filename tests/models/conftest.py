@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 
 
 @pytest.fixture

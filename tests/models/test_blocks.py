@@ -22,7 +22,9 @@ def _gradients(model: nn.Module, *inputs: object) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("layout", ["adm", "efficient"])
 def test_gradients_are_those_without_checkpointing(
+    layout: str,
     dropout: float,
     text: bool,
     small: Callable[..., Generator],
@@ -33,7 +35,7 @@ def test_gradients_are_those_without_checkpointing(
     cond = cond if text else Cond()  # without any condition the ancestors' version crashed
     results = []
     for use_checkpoint in (False, True):
-        flags = {"use_checkpoint": use_checkpoint, "dropout": dropout}
+        flags = {"use_checkpoint": use_checkpoint, "dropout": dropout, "unet_layout": layout}
         model = perturb(small({"cond_text": text}, flags)).double().train()
         results.append(_gradients(model, x.double(), t, cond))
     for name, gradient in results[0].items():

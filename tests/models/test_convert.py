@@ -16,7 +16,8 @@ from diff_dalle.models.clip import ImageEncoder
 from diff_dalle.models.convert import convert_guided_diffusion
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 Adm = Callable[[str], tuple[dict[str, Tensor], dict[str, Tensor]]]
 
@@ -112,6 +113,7 @@ def test_a_model_on_the_meta_device_is_enough(adm: Adm) -> None:
         ({"num_res_blocks": 2}, {}, r"input_blocks.3.0.in_layers.2.weight has shape"),
         ({"attention_resolutions": (16,)}, {}, "the checkpoint has no output_blocks.1.1"),
         ({"channel_mult": (1, 2)}, {}, "check the model flags"),
+        ({"unet_layout": "efficient"}, {}, "check the model flags"),
         ({}, {"cond_text": True}, "no counterpart.*--cond_text"),
         ({"attention_positions": True}, {}, "no counterpart.*--attention_positions"),
         ({}, {"small_size": 8}, "input_blocks.0.0.weight has shape"),

@@ -12,7 +12,7 @@ from diff_dalle.models.clip import CLIPConfig, ImageEncoder
 from diff_dalle.models.cost import activation_bytes, count_parameters, forward_flops, training_bytes
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_operations_of_adm(flags: dict[str, int], small_size: int, giga_macs: fl
     stage = GeneratorConfig(cond_text=False, small_size=small_size, aug_level_cond=False)
     size = flags["image_size"]
     with torch.device("meta"):
-        unet = UNetConfig(**flags).with_channel_mult(upsampler=small_size > 0)
+        unet = UNetConfig(**flags).canonical(upsampler=small_size > 0)
         model = Generator(stage, unet, TextEncoderConfig())
         low_res = torch.empty(1, 3, small_size, small_size) if small_size else None
         inputs = torch.empty(1, 3, size, size), torch.empty(1), Cond(low_res=low_res)

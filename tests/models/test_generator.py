@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 
 Inputs = tuple[Tensor, Tensor, Cond]
 Small = Callable[..., Generator]
@@ -120,7 +120,9 @@ def test_encoding_once_changes_nothing(small: Small, perturb: Perturb, inputs: I
 
 @pytest.mark.parametrize("stage", [{}, UPSAMPLER, {"cond_text": False}])
 @pytest.mark.parametrize("drop", [None, [True, False, False]])
+@pytest.mark.parametrize("layout", ["adm", "efficient"])
 def test_every_parameter_gets_a_gradient(
+    layout: str,
     stage: dict[str, object],
     drop: list[bool] | None,
     small: Small,
@@ -133,7 +135,7 @@ def test_every_parameter_gets_a_gradient(
     else:
         cond = replace(cond, drop=None if drop is None else torch.tensor(drop))
     cond = _upsampler_cond(cond) if "small_size" in stage else cond
-    model = small(stage)
+    model = small(stage, {"unet_layout": layout})
     model(x, t, cond).square().mean().backward()
     assert [name for name, weight in model.named_parameters() if weight.grad is None] == []
     perturb(model).zero_grad()
@@ -188,13 +190,15 @@ def test_a_small_size_that_does_not_fit_is_refused(small: Small, small_size: int
         small({"small_size": small_size})
 
 
+@pytest.mark.parametrize("layout", ["adm", "efficient"])
 @pytest.mark.parametrize("use_checkpoint", [False, True])
 def test_the_whole_stage_is_one_graph(
-    use_checkpoint: bool, small: Small, perturb: Perturb, inputs: Inputs
+    layout: str, use_checkpoint: bool, small: Small, perturb: Perturb, inputs: Inputs
 ) -> None:
     x, t, cond = inputs
     cond = replace(_upsampler_cond(cond), drop=torch.tensor([True, False, False]))
     model = perturb(small(UPSAMPLER, {"use_checkpoint": use_checkpoint, "patch_size": 2,
+                                      "unet_layout": layout,
                                       "attention_resolutions": (4,)})).train()  # fmt: skip
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     y = compiled(x, t, cond)
@@ -235,8 +239,10 @@ def test_a_gpu_agrees_with_the_cpu(small: Small, perturb: Perturb, inputs: Input
     assert (low - y).norm() < 0.03 * y.norm()
 
 
-def test_a_residual_upsampler_starts_as_interpolation() -> None:
+@pytest.mark.parametrize("layout", ["adm", "efficient"])
+def test_a_residual_upsampler_starts_as_interpolation(layout: str) -> None:
     unet = UNetConfig(
+        unet_layout=layout,
         image_size=16,
         num_channels=16,
         num_res_blocks=1,

@@ -18,11 +18,22 @@ def test_downsampling_by_a_whole_factor_is_the_mean_of_each_box() -> None:
     assert torch.equal(downsample(image, 12), image)
 
 
-def test_downsampling_by_another_factor_is_antialiased_as_in_pillow() -> None:
-    image = torch.rand(1, 1, 40, 40)
+def test_each_axis_has_a_factor_of_its_own() -> None:
+    image = torch.rand(2, 3, 12, 20)
+    expected = image.view(2, 3, 4, 3, 10, 2).mean((3, 5))
+    assert torch.allclose(downsample(image, (4, 10)), expected, atol=1e-6)
+    assert torch.equal(downsample(image, (12, 20)), image)
+    assert downsample(image, 4).shape == (2, 3, 4, 4)
+
+
+@pytest.mark.parametrize(("height", "width", "h", "w"), [(40, 40, 15, 15), (40, 64, 15, 24)])
+def test_downsampling_by_another_factor_is_antialiased_as_in_pillow(
+    height: int, width: int, h: int, w: int
+) -> None:
+    image = torch.rand(1, 1, height, width)
     picture = Image.fromarray(image[0, 0].numpy(), mode="F")
-    expected = np.asarray(picture.resize((15, 15), Image.Resampling.BICUBIC))
-    assert np.allclose(downsample(image, 15)[0, 0].numpy(), expected, atol=1e-5)
+    expected = np.asarray(picture.resize((w, h), Image.Resampling.BICUBIC))
+    assert np.allclose(downsample(image, (h, w))[0, 0].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("sigma", [0.4, 0.5, 0.6, 1.0])

@@ -11,7 +11,8 @@ from torch import nn
 from diff_dalle.errors import UsageError
 from diff_dalle.models.cost import count_parameters
 from diff_dalle.models.layers import GroupNorm, Positions
-from diff_dalle.models.unet import UNet, UNetConfig
+from diff_dalle.models.unet import UNet
+from diff_dalle.models.unet_config import UNetConfig
 
 Perturb = Callable[[nn.Module], nn.Module]
 SMALL = {
@@ -43,7 +44,7 @@ def _unet(text_dim: int | None = None, **flags: object) -> UNet:
     ],
 )
 def test_parameters_of_adm(flags: dict[str, int], in_channels: int, parameters: int) -> None:
-    cfg = UNetConfig(**flags).with_channel_mult(upsampler=in_channels == 6)
+    cfg = UNetConfig(**flags).canonical(upsampler=in_channels == 6)
     with torch.device("meta"):
         model = UNet(cfg, in_channels=in_channels)
     assert count_parameters(model) == parameters

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -10,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from diff_dalle.data.batch import Batch
+from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import Schedule
@@ -17,15 +19,17 @@ from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World, all_reduce_sum_
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.clip import CLIPConfig, NoisyCLIP
-from diff_dalle.models.generator import Generator, GeneratorConfig
+from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training.classifier_task import ClassifierTask, ClassifierTaskConfig
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig
-from diff_dalle.training.loop import RunRecord, TrainConfig
+from diff_dalle.training.loop import Data, RunRecord, TrainConfig, train
+from diff_dalle.training.metrics import Meter
 from diff_dalle.training.optim import OptimConfig
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.tasks import PreviewFrom, StepContext
+from diff_dalle.training.previews import PreviewConfig
+from diff_dalle.training.tasks import PreviewFrom, StepContext, Task
 
 Module = TypeVar("Module", bound=torch.nn.Module)
 SIZE, LENGTH, VOCABULARY, STEPS = 16, 4, 20, 20
@@ -168,18 +172,44 @@ def generator_task(
     microbatch: int = -1,
     precision: PrecisionConfig | None = None,
     diffusion: GaussianDiffusion | None = None,
+    loss: LossConfig | None = None,
 ) -> GeneratorTask:
     """The task of a generator, on a short process."""
     return GeneratorTask(
         model,
         diffusion or process(learn_sigma=model.cfg.learn_sigma),
         cfg or GeneratorTaskConfig(),
-        LossConfig(),
+        loss or LossConfig(),
         timesteps or TimestepConfig(),
         world=world,
         precision=Precision(precision or PrecisionConfig(), world.device),
         microbatch=microbatch,
     )
+
+
+class Spy(torch.nn.Module):
+    """Looks like a generator and remembers what it was asked; output zero."""
+
+    def __init__(self, cfg: GeneratorConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+        self.unet = torch.nn.Module()
+        self.unet.cfg = UNetConfig(image_size=SIZE, channel_mult=(1, 1))
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.asked: list[tuple[torch.Tensor, torch.Tensor, Cond]] = []
+
+    def forward(self, x_t: torch.Tensor, t: torch.Tensor, cond: Cond) -> torch.Tensor:
+        self.asked.append((x_t, t, cond))
+        channels = 2 * x_t.shape[1] if self.cfg.learn_sigma else x_t.shape[1]
+        return self.weight * torch.ones_like(x_t).repeat(1, channels // x_t.shape[1], 1, 1)
+
+
+def logged(task: GeneratorTask, batch: Batch) -> dict[str, float]:
+    """What one training step of a task measures."""
+    meter = Meter(batch.valid.device)
+    total = batch.valid.sum().double()
+    task.forward_backward(batch, StepContext(valid_total=total, loss_scale=1.0, meter=meter))
+    return meter.means(ALONE)
 
 
 def classifier_task(
@@ -222,7 +252,6 @@ def train_config(folder: Path, **changes: object) -> TrainConfig:
         "ema_rate": (0.9,),
         "log_interval": 1,
         "eval_interval": 0,
-        "num_preview": 0,
         "log_dir": str(folder),
         "report_to": "none",
     }
@@ -288,3 +317,23 @@ class ToyTask:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self._step = state["step"]
+
+
+def trained(
+    task: Task,
+    folder: Path,
+    *,
+    stream: Stream | None = None,
+    val: bool = True,
+    optim: OptimConfig = OPTIM,
+    previews: PreviewConfig | None = None,
+    tokenizer: Tokenizer | None = None,
+    **cfg: object,
+) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl of a run."""
+    data = Data(train=stream or Stream(), val=held_out if val else None, tokenizer=tokenizer)
+    config = train_config(folder, **cfg)
+    rest = {"previews": previews, "record": record(task.kind), "world": ALONE}
+    train(task, data, config, optim, **rest)
+    text = (folder / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

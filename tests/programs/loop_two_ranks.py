@@ -33,6 +33,7 @@ from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.distributed import World, all_gather_objects, barrier, run_main, start, stop
 from diff_dalle.training.generator_task import GeneratorTaskConfig
 from diff_dalle.training.loop import Data, train
+from diff_dalle.training.previews import PreviewConfig
 from diff_dalle.training.resume import Start
 from diff_dalle.training.tasks import Task
 from diff_dalle.training.trainer import Trainer
@@ -188,10 +189,18 @@ def evaluations(world: World, found: Found) -> None:
         )
 
 
-def trained(task: Task, folder: Path, world: World, stream: Stream, **cfg: Any) -> None:
+def trained(
+    task: Task,
+    folder: Path,
+    world: World,
+    stream: Stream,
+    previews: PreviewConfig | None = None,
+    **cfg: Any,
+) -> None:
     data = Data(train=stream, val=lambda: held_out(world))
     config = train_config(folder, batch_size=stream.batch_size, **cfg)
-    train(task, data, config, OPTIM, record=record(task.kind), world=world)
+    rest = {"previews": previews, "record": record(task.kind), "world": world}
+    train(task, data, config, OPTIM, **rest)
 
 
 def interrupted_runs(world: World, found: Found, folder: Path) -> None:
@@ -245,7 +254,8 @@ def bad_samples_and_previews(world: World, found: Found, folder: Path) -> None:
     """Bad samples of all ranks reach the file; the grid holds every rank's columns."""
     stream = Stream(batch_size=2, world=world, bad=(1, 2, 7))
     task = generator_task(tiny_generator(awake=True), world=world)
-    trained(task, folder / "bad", world, stream, iterations=2, num_preview=4, log_interval=2)
+    previews = PreviewConfig(num_preview=4)
+    trained(task, folder / "bad", world, stream, previews, iterations=2, log_interval=2)
 
 
 def dry_run(world: World, found: Found, folder: Path) -> None:

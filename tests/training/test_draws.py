@@ -49,11 +49,55 @@ def test_every_draw_has_a_stream_of_its_own() -> None:
         column / 1e6,
         draws.noise(SEEDS, ()),
         draws.aug_noise(SEEDS, ()),
+        draws.noise_offset(SEEDS, 1).flatten(),
+        draws.perturbation(SEEDS, ()),
         *(u for q in range(4) for u in draws.held_out(SEEDS, (), q, 10**6)),
     ]
     table = torch.stack([numbers.double() for numbers in singles])
     correlation = torch.corrcoef(table) - torch.eye(len(singles), dtype=torch.float64)
     assert correlation.abs().max() < 5 / math.sqrt(len(SEEDS))
+
+
+def test_draws_stay_what_they_were() -> None:
+    """Runs go on, and compare, across versions: new draws take new streams."""
+    seed = torch.tensor([3, 4])
+    found = {
+        "timestep": draws.timestep(seed),
+        "noise": draws.noise(seed, ()),
+        "aug_level": draws.aug_level(seed, 1.0),
+        "blur_sigma": draws.blur_sigma(seed, 1.0, (0.0, 1.0)),
+        "aug_noise": draws.aug_noise(seed, ()),
+        "held_out": draws.held_out(seed, (), 2, 1000)[1],
+        "noise_offset": draws.noise_offset(seed, 2)[:, 1, 0, 0],
+        "perturbation": draws.perturbation(seed, ()),
+    }
+    wanted = {
+        "timestep": [0.7375181, 0.6263198],
+        "noise": [-0.2645400, 0.7969528],
+        "aug_level": [0.4590541, 0.8785746],
+        "blur_sigma": [0.7607583, 0.1433591],
+        "aug_noise": [0.3817731, -0.2548461],
+        "held_out": [1.4986547, 1.9464884],
+        "noise_offset": [0.3140509, -0.6793438],
+        "perturbation": [-0.2369092, -1.1084597],
+    }
+    for name, values in wanted.items():
+        torch.testing.assert_close(found[name], torch.tensor(values), rtol=1e-5, atol=1e-6)
+    rows, columns = draws.crop_corner(seed, 1000)
+    assert rows.tolist() == [686, 603] and columns.tolist() == [464, 626]
+    assert draws.held_out(seed, (), 2, 1000)[0].tolist() == [540, 582]
+    dropped = draws.caption_drop(torch.arange(16), 0.5)
+    assert dropped.nonzero().flatten().tolist() == [3, 4, 5, 9, 10, 12, 13, 15]
+    blurred = draws.blur_sigma(torch.arange(16), 0.5, (1.0, 1.0))
+    assert blurred.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 10, 11, 13, 14]
+
+
+def test_an_offset_is_one_number_a_channel() -> None:
+    offset = draws.noise_offset(SEEDS, 3)
+    assert offset.shape == (len(SEEDS), 3, 1, 1)
+    table = offset.flatten(1).double()
+    assert (torch.corrcoef(table.T) - torch.eye(3)).abs().max() < 0.08
+    assert float(table.std()) == pytest.approx(1, abs=0.03)
 
 
 def test_dropping_is_independent_of_what_else_is_drawn() -> None:

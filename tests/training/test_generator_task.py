@@ -7,24 +7,25 @@ import torch
 from loop_tiny import (
     SIZE,
     STEPS,
+    Spy,
     batch_of,
     generator_task,
     held_out,
+    logged,
     process,
     sample,
     tiny_generator,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from diff_dalle.data.batch import Batch
 from diff_dalle.diffusion.losses import LossConfig, training_losses
 from diff_dalle.diffusion.timesteps import TimestepConfig
-from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.low_res import downsample
 from diff_dalle.models.text import TextEncoderConfig
-from diff_dalle.models.unet import UNetConfig
+from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training import draws
 from diff_dalle.training import generator_task as task_module
 from diff_dalle.training.generator_task import GeneratorTask, GeneratorTaskConfig, random_crop
@@ -45,13 +46,6 @@ def gradients(task: GeneratorTask, batch: Batch, loss_scale: float = 1.0) -> dic
     )
     task.forward_backward(batch, context)
     return {n: p.grad.clone() for n, p in task.model.named_parameters() if p.grad is not None}
-
-
-def logged(task: GeneratorTask, batch: Batch) -> dict[str, float]:
-    meter = Meter(CPU)
-    total = batch.valid.sum().double()
-    task.forward_backward(batch, StepContext(valid_total=total, loss_scale=1.0, meter=meter))
-    return meter.means(World())
 
 
 def test_the_loss_is_that_of_the_paper() -> None:
@@ -109,23 +103,6 @@ def test_the_loss_scale_multiplies_every_gradient() -> None:
     once, scaled = gradients(task, batch), gradients(task, batch, loss_scale=64.0)
     for name, gradient in once.items():
         assert torch.allclose(scaled[name], 64 * gradient, rtol=1e-12, atol=0), name
-
-
-class Spy(nn.Module):
-    """Looks like a generator and remembers what it was asked; output zero."""
-
-    def __init__(self, cfg: GeneratorConfig) -> None:
-        super().__init__()
-        self.cfg = cfg
-        self.unet = nn.Module()
-        self.unet.cfg = UNetConfig(image_size=SIZE, channel_mult=(1, 1))
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.asked: list[tuple[Tensor, Tensor, Cond]] = []
-
-    def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
-        self.asked.append((x_t, t, cond))
-        channels = 2 * x_t.shape[1] if self.cfg.learn_sigma else x_t.shape[1]
-        return self.weight * torch.ones_like(x_t).repeat(1, channels // x_t.shape[1], 1, 1)
 
 
 def spied(cfg: GeneratorTaskConfig, batch: Batch, **model: object) -> Cond:
@@ -232,7 +209,13 @@ def test_a_crop_fits_the_scale_and_the_network_at_once() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"cond_drop_prob": 1.5}, {"blur_sigma": (0.6, 0.4)}, {"aug_level_max": -0.1}],
+    [
+        {"cond_drop_prob": 1.5},
+        {"blur_sigma": (0.6, 0.4)},
+        {"aug_level_max": -0.1},
+        {"noise_offset": -0.1},
+        {"input_perturbation": -0.1},
+    ],
 )
 def test_wrong_knobs_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(wrong))} is"):

@@ -21,12 +21,10 @@ from loop_tiny import (
     record,
     tiny_generator,
     train_config,
+    trained,
 )
-from PIL import Image
-from torch import Tensor
 
 from diff_dalle.data.batch import Batch
-from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.training import bad_share
 from diff_dalle.training.checkpoint_file import load_weights
@@ -34,26 +32,7 @@ from diff_dalle.training.checkpoints import find_latest, load_training_state
 from diff_dalle.training.lock import locked
 from diff_dalle.training.loop import Data, TrainConfig, train
 from diff_dalle.training.optim import OptimConfig
-from diff_dalle.training.previews import plan_previews, read_prompts
-from diff_dalle.training.tasks import Task
-
-
-def trained(
-    task: Task,
-    folder: Path,
-    *,
-    stream: Stream | None = None,
-    val: bool = True,
-    optim: OptimConfig = OPTIM,
-    tokenizer: Tokenizer | None = None,
-    **cfg: object,
-) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl of a run."""
-    data = Data(train=stream or Stream(), val=held_out if val else None, tokenizer=tokenizer)
-    config = train_config(folder, **cfg)
-    train(task, data, config, optim, record=record(task.kind), world=ALONE)
-    text = (folder / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+from diff_dalle.training.previews import PreviewConfig
 
 
 def test_training_learns_and_writes_what_it_promises(
@@ -277,9 +256,10 @@ def test_a_dry_run_leaves_nothing(
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     before = tree(tmp_path)
     task = generator_task(tiny_generator())
-    cfg = train_config(tmp_path / "run", dry_run=2, iterations=1000, num_preview=1)
+    cfg = train_config(tmp_path / "run", dry_run=2, iterations=1000)
     data = Data(train=Stream(), val=held_out)
-    assert train(task, data, cfg, OPTIM, record=record(), world=ALONE) is None
+    rest = {"previews": PreviewConfig(num_preview=0), "record": record(), "world": ALONE}
+    assert train(task, data, cfg, OPTIM, **rest) is None
     assert tree(tmp_path) == before
     said = capsys.readouterr().out
     parameters = sum(p.numel() for p in task.model.parameters())
@@ -303,70 +283,6 @@ def test_a_dry_run_in_a_run_folder_changes_nothing(tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-class Painter(ToyTask):
-    """Previews the colour of its first weight."""
-
-    preview_from = "prompts"
-
-    def preview(self, batch: object, keys: Tensor, name: str) -> dict[str, Tensor]:
-        level = float(next(self.model.parameters()).detach().flatten()[0]) * 100 + 128
-        return {name: torch.full((len(keys), 3, 4, 4), int(level), dtype=torch.uint8)}
-
-
-def test_previews_show_raw_and_averaged_weights_with_their_captions(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.train(["red circle", "빨간 원"], vocab_size=300)
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_bytes("\ufeffred circle\r\n\r\n빨간 원\n".encode())
-    task = Painter()
-    optim = dataclasses.replace(OPTIM, lr=0.1)
-    trained(
-        task,
-        tmp_path / "run",
-        optim=optim,
-        iterations=4,
-        num_preview=3,
-        sample_interval=2,
-        ema_rate=(0.9, 0.99),
-        validation_prompts=str(prompts),
-        tokenizer=tokenizer,
-    )
-    grids = sorted(path.name for path in (tmp_path / "run").glob("samples_*"))
-    stems = ["samples_000002", "samples_000004"]
-    assert grids == [f"{stem}.{end}" for stem in stems for end in ("png", "txt")]
-    picture = Image.open(tmp_path / "run" / "samples_000004.png")
-    assert picture.size == (2 * 4, 3 * 4)
-    levels = {picture.getpixel((1, 4 * row + 1)) for row in range(3)}
-    assert len(levels) == 3  # the weights and both averages differ
-    text = (tmp_path / "run" / "samples_000004.txt").read_text(encoding="utf-8")
-    assert text.splitlines() == [
-        "rows: model, ema_0.9, ema_0.99", "column 1: red circle", "column 2: 빨간 원"
-    ]  # fmt: skip
-
-
-def test_previews_take_their_captions_from_the_data() -> None:
-    tokenizer = Tokenizer.train(["abc"], vocab_size=259)
-    batch = batch_of(range(5), bad=[1])
-    preview = plan_previews(
-        generator_task(tiny_generator()),
-        batch,
-        number=3,
-        prompts=[],
-        tokenizer=tokenizer,
-        seed=0,
-        world=ALONE,
-    )
-    assert preview.batch.keys == ["000000", "000002", "000003"]  # whole samples only
-    assert preview.captions[0] == tokenizer.decode(batch_of([0]).tokens[0])
-    assert len(set(preview.keys.tolist())) == 3
-
-
-def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text("\n \n")
-    for name in ("empty.txt", "missing.txt"):
-        with pytest.raises(UsageError, match=f"--validation_prompts .*{name}"):
-            read_prompts(str(tmp_path / name))
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -374,7 +290,6 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
         {"microbatch": 0},
         {"iterations": 0},
         {"log_interval": 0},
-        {"num_preview": -1},
         {"dry_run": -1},
         {"init_checkpoint": "a.pt", "resume_checkpoint": "b.pt"},
     ],
@@ -382,10 +297,3 @@ def test_a_file_without_prompts_is_refused(tmp_path: Path) -> None:
 def test_wrong_knobs_are_named(wrong: dict[str, object]) -> None:
     with pytest.raises(UsageError, match=f"--{next(iter(wrong))} is"):
         TrainConfig(**wrong)
-
-
-def test_previews_grow_fewer_with_their_size() -> None:
-    cfg = TrainConfig()
-    assert [cfg.resolved_num_preview(size) for size in (64, 256, 1024)] == [8, 8, 2]
-    assert cfg.resolved_sample_interval == cfg.save_interval
-    assert cfg.iterations == 200_000

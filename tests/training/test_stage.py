@@ -92,6 +92,48 @@ def test_guidance_extrapolates_from_the_null_caption_in_one_batch() -> None:
     assert model.seen[0].drop.tolist() == [False] * 3 + [True] * 3
 
 
+def test_a_step_without_guidance_asks_about_one_branch_alone() -> None:
+    """Guided is the second half, nearer the image."""
+    model = oracle()
+    alpha_bar = process("x0", learn_sigma=False).respace("4").alpha_bar
+    levels = ((1 - alpha_bar) / alpha_bar).sqrt().tolist()
+    sampled(
+        model,
+        captions(1, 2, 3),
+        guidance_scale=3.0,
+        guidance_interval=f"0,{levels[1] * 1.001}",
+        timestep_respacing="4",
+    )
+    assert model.batches == [3, 3, 6, 6]
+    assert model.seen[0].drop is None and model.seen[2].drop is not None
+
+
+def led_away(model: Oracle, negative: Cond) -> Tensor:
+    return sample_stage(
+        model,
+        process("x0", learn_sigma=False),
+        captions(1, 2, 3),
+        KEYS,
+        image_size=SIZE,
+        settings=StageSettings(timestep_respacing="4", guidance_scale=3.0),
+        negative=negative,
+    )
+
+
+def test_negative_prompts_take_the_null_captions_place_picture_by_picture() -> None:
+    """x_n + 3 (x_c - x_n), where the picture of the null caption is 0."""
+    negative = dataclasses.replace(captions(4, 2, 9), drop=torch.tensor([False, False, True]))
+    model = oracle()
+    expected = [0.4 + 3 * (0.1 - 0.4), 0.2, 0 + 3 * 0.3]
+    picture = led_away(model, negative)
+    assert torch.equal(
+        picture, to_uint8(torch.tensor(expected))[:, None, None, None].expand_as(picture)
+    )
+    assert model.encoded == 2 and model.batches == [6] * 4  # once each; one batch
+    without = dataclasses.replace(negative, drop=None)
+    assert led_away(oracle(), without)[2].float().mean() < picture[2].float().mean()
+
+
 def test_guidance_without_captions_is_refused() -> None:
     with pytest.raises(UsageError, match="--guidance_scale is 2"):
         sampled(oracle(cond_text=False), Cond(), guidance_scale=2.0)

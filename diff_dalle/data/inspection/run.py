@@ -14,10 +14,10 @@ from diff_dalle.data.inspection.look import Sight, look_at
 from diff_dalle.data.inspection.sheet import MOST, write_sheet
 from diff_dalle.data.inspection.table import table
 from diff_dalle.data.inspection.tally import Tally, shard_findings
+from diff_dalle.data.json_files import write_json
 from diff_dalle.data.loader import DataConfig, Dataset, open_data
 from diff_dalle.data.order import spread
 from diff_dalle.data.tokenizer_training import tokenizer_of
-from diff_dalle.data.writer import write_json
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
+from diff_dalle.data.json_files import json_bytes
 from diff_dalle.data.packing.folders import SPLITS
 from diff_dalle.data.packing.out_folder import DIGESTS, SKIPPED, Progress, save_progress
 from diff_dalle.data.packing.prepare import Prepared
@@ -99,8 +99,7 @@ class Assembly:
 
     def _skip(self, record: Record, reason: str) -> None:
         line = {"source": record.source, "reason": reason}
-        text = json.dumps(line, ensure_ascii=False) + "\n"
-        self._skipped.append(text.encode(errors="backslashreplace"))
+        self._skipped.append(json_bytes(line) + b"\n")
         self.progress.skipped[reason] = self.progress.skipped.get(reason, 0) + 1
 
     def _split(self, record: Record, digest: bytes) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from diff_dalle.data.json_files import write_json
 from diff_dalle.data.packing.folders import SPLITS
 from diff_dalle.data.packing.shard_writer import SplitState, publish_shards, require_shards
 from diff_dalle.data.writer import require_same_settings
@@ -107,7 +108,7 @@ def open_progress(folder: Path, settings: dict[str, Any]) -> Progress | None:
 def save_progress(folder: Path, settings: dict[str, Any], progress: Progress) -> None:
     """Replace the journal; on the disk when this returns."""
     content = {"settings": settings, "progress": dataclasses.asdict(progress)}
-    _replace_json(folder / _UNFINISHED, content)
+    write_json(folder / _UNFINISHED, content)
 
 
 def finish(folder: Path, facts: dict[str, Any], progress: Progress) -> None:
@@ -133,7 +134,7 @@ def finish(folder: Path, facts: dict[str, Any], progress: Progress) -> None:
             "skipped": dict(sorted(progress.skipped.items())),
             **facts,
         }
-        _replace_json(folder / split / _FINISHED, content)
+        write_json(folder / split / _FINISHED, content)
     (folder / DIGESTS).unlink(missing_ok=True)
     (folder / _UNFINISHED).unlink()
 
@@ -178,14 +179,3 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _progress(saved: dict[str, Any]) -> Progress:
     splits = {split: SplitState(**state) for split, state in saved["splits"].items()}
     return Progress(**{**saved, "splits": splits})
-
-
-def _replace_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all, whenever the process or the machine stops."""
-    aside = path.with_name(path.name + ".part")
-    with open(aside, "w", encoding="utf-8") as file:
-        # File names that are not Unicode have no form but escapes.
-        file.write(json.dumps(content, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)

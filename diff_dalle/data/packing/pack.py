@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from diff_dalle.data.images import MAX_PIXELS
+from diff_dalle.data.limits import MAX_PIXELS
 from diff_dalle.data.packing.assembly import Assembly, Rules
 from diff_dalle.data.packing.columnar import HuggingFaceSource, ParquetSource
 from diff_dalle.data.packing.encode import EncodeSettings

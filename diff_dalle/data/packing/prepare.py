@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
-import os
-import signal
 import stat
-import threading
 import unicodedata
 from collections import deque
 from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 
+from diff_dalle.data.json_files import json_bytes
+from diff_dalle.data.limits import LARGEST_FILE
 from diff_dalle.data.packing.encode import EncodeSettings, Unusable, encode
 from diff_dalle.data.packing.records import Record
+from diff_dalle.data.processes import make_pool
 
 _AHEAD = 8  # records that a process has before it, so that none waits and memory stays bounded
-_LARGEST_FILE = 2**28  # bytes; the loader reads no larger member
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +60,8 @@ def prepare(record: Record, settings: EncodeSettings, normalise_captions: bool) 
     }
     if record.extra:
         facts["extra"] = record.extra
-    # Half a surrogate pair cannot be UTF-8; its escape is valid JSON.
-    text = json.dumps(facts, ensure_ascii=False).encode(errors="backslashreplace")
-    members = [(image.extension, image.data), ("txt", captions[0].encode()), ("json", text)]
+    text = captions[0].encode()
+    members = [(image.extension, image.data), ("txt", text), ("json", json_bytes(facts))]
     return Prepared(digest=hashlib.sha256(data).digest(), members=members)
 
 
@@ -89,9 +84,7 @@ def prepare_all(
         for record in records:
             yield record, prepare(record, settings, normalise_captions)
         return
-    # Processes that start afresh: a fork would copy threads' locks (pyarrow, torch).
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=_set_up_worker)
+    pool = make_pool(num_workers)
     window: deque[tuple[Record, Future[Prepared]]] = deque()
     try:
         for record in records:
@@ -134,23 +127,10 @@ def _read(paths: tuple[Path, ...]) -> bytes:
             continue
         if not stat.S_ISREG(facts.st_mode):  # a pipe would never end
             continue
-        if facts.st_size > _LARGEST_FILE:
+        if facts.st_size > LARGEST_FILE:  # the loader reads no larger member
             raise Unusable("file too large")
         try:
             return path.read_bytes()
         except OSError as error:
             raise Unusable("unreadable") from error
     raise Unusable("missing file")
-
-
-def _set_up_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process ends them
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    """End this process when the main one is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    wait([parent.sentinel])
-    os._exit(1)

@@ -53,7 +53,7 @@ class Sampler(Protocol):
 
 def ask(model: Model, diffusion: GaussianDiffusion, x_t: Tensor, t: Tensor) -> Tensor:
     """The network's output at x_t [B,C,H,W] and step t [B]; every sampler asks here."""
-    return model(x_t, diffusion.model_time(t))
+    return model(diffusion.model_input(x_t, t), diffusion.model_time(t))
 
 
 def estimate_x0(

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from diff_dalle.data.images import MAX_PIXELS, decode
+from diff_dalle.data.images import decode
+from diff_dalle.data.limits import MAX_PIXELS
 from diff_dalle.data.packing.encode import Encoded, EncodeSettings, Unusable, encode
 
 PLAIN = EncodeSettings(resize=0, quality=95, reencode=False, min_size=0, max_pixels=MAX_PIXELS)

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import select
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -174,6 +176,11 @@ def test_workers_have_a_bounded_number_of_records_before_them(
         assert len(taken) <= number + 8
     results.close()
     assert len(taken) < 30
+
+
+def test_workers_import_no_torch() -> None:
+    code = f"import sys, {prepare.__name__}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_workers_leave_with_a_main_process_that_was_killed(picture: Callable[..., bytes]) -> None:

@@ -115,7 +115,7 @@ def test_a_file_that_the_loader_would_not_read_is_skipped(
     folder = drawings(tmp_path / "D", 2)
     with open(folder / "001.png", "ab") as file:
         file.write(bytes(5000))
-    monkeypatch.setattr(prepare, "_LARGEST_FILE", 5000)
+    monkeypatch.setattr(prepare, "LARGEST_FILE", 5000)
     pack_dataset(config(tmp_path / "out", images=str(folder)))
     assert skipped(tmp_path / "out") == [("001.png", "file too large")]
 
