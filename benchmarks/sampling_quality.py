@@ -1,12 +1,15 @@
 """Samplers and step counts on a trained base model: alignment and Fréchet distance, paired.
 
-python benchmarks/sampling_quality.py --model_path ema.pt --out_dir runs/quality --guidance_scale 2
+python benchmarks/sampling_quality.py --model_path ema.pt --out_dir runs/quality
+python benchmarks/sampling_quality.py --model_path ema.pt --out_dir runs/quality \
+    --arms unipc:20:logsnr:1 unipc:20:logsnr:4 unipc:20:logsnr:4:1,5
 
-The model is one of the demo scenes. Every arm draws the same captions (combinations that training
-never shows) from the same noise. Alignment is the share of pictures whose colour, shape and
-background are right; the Fréchet distance is to real scenes of other captions. Differences to
-the first arm are paired over captions; the intervals of ratios of Fréchet distances come from
-resampling captions. Called again it goes on where it stopped.
+The model is one of the demo scenes. An arm is sampler:steps:spacing, then the scale and the
+interval of classifier-free guidance where there is any. Every arm draws the same captions
+(combinations that training never shows) from the same noise. Alignment is the share of pictures
+whose colour, shape and background are right; the Fréchet distance is to real scenes of other
+captions. Differences to the first arm are paired over captions; the intervals of ratios of
+Fréchet distances come from resampling captions. Called again it goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from diff_dalle.evaluation.alignment import right, shapes_detector, truth_of
 from diff_dalle.evaluation.features import FEATURES, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import paired_difference
+from diff_dalle.sampling_io.config import SampleConfig
 
 ARMS = ["ddpm:250:uniform", "unipc:20:logsnr", "dpmpp_2m:20:logsnr", "ddim:20:uniform"]
 REFERENCES, CHUNK, RESAMPLES = 2_000, 50, 200
@@ -33,10 +37,16 @@ REFERENCES, CHUNK, RESAMPLES = 2_000, 50, 200
 Pictures = NDArray[np.uint8]
 
 
-def draw(cascade: Cascade, arm: str, captions: list[str], args: argparse.Namespace) -> Pictures:
+def settings_of(arm: str) -> dict[str, list[str]]:
+    """The flags of an arm, one entry a stage."""
+    names = ("sampler", "steps", "step_spacing", "guidance_scale", "guidance_interval")
+    return {name: [value] for name, value in zip(names, arm.split(":"), strict=False)}
+
+
+def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pictures:
     """uint8 [N,H,W,3], a file a chunk of captions."""
-    sampler, steps, spacing = arm.split(":")
-    folder: Path = args.out_dir / arm.replace(":", "-")
+    settings = settings_of(arm)
+    folder = out_dir / arm.replace(":", "-")
     folder.mkdir(parents=True, exist_ok=True)
     chunks = []
     for start in tqdm(range(0, len(captions), CHUNK), arm, unit="chunk"):
@@ -46,10 +56,11 @@ def draw(cascade: Cascade, arm: str, captions: list[str], args: argparse.Namespa
             result = cascade.sample(
                 captions[start : start + CHUNK],
                 seed=start,
-                guidance_scale=args.guidance_scale,
-                sampler=sampler,
-                steps=steps,
-                step_spacing=spacing,
+                sampler=settings["sampler"],
+                steps=settings["steps"],
+                step_spacing=settings["step_spacing"],
+                guidance_scale=settings.get("guidance_scale", 1.0),
+                guidance_interval=settings.get("guidance_interval", "all"),
                 batch_size=CHUNK,
             )
             np.save(path.with_suffix(".part.npy"), result.stages[0])
@@ -79,9 +90,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model_path", required=True)
     parser.add_argument("--out_dir", type=Path, required=True)
-    parser.add_argument("--arms", nargs="+", default=ARMS, help="sampler:steps:spacing")
+    parser.add_argument(
+        "--arms", nargs="+", default=ARMS, help="sampler:steps:spacing[:scale[:LOW,HIGH]]"
+    )
     parser.add_argument("--samples", type=int, default=1000)
-    parser.add_argument("--guidance_scale", type=float, default=1.0)
     args = parser.parse_args()
     cascade = Cascade.load(args.model_path)
     captions = [c for c, _ in one_object_captions(args.samples, seed=0, held_out=True)]
@@ -91,16 +103,22 @@ def main() -> None:
     detector = shapes_detector()
     print(machine("torch"))
     names = list(FEATURES)
-    print(f"| sampler:steps:spacing | right | less the first's | {' | '.join(names)} | "
+    print(f"| arm | evaluations | right | less the first's | {' | '.join(names)} | "
           f"{' | '.join(f'{name}, over the first' for name in names)} |")  # fmt: skip
-    print("|---" * (3 + 2 * len(names)) + "|")
+    print("|---" * (4 + 2 * len(names)) + "|")
     first = None
     for arm in args.arms:
-        pictures = draw(cascade, arm, captions, args)
+        pictures = draw(cascade, arm, captions, args.out_dir)
         verdicts = right(detector.detect_all(pictures), truths)["all"]
         found = features_of(pictures)
         first = first or (verdicts, found)
-        cells = [arm, f"{verdicts.mean():.3f}", str(paired_difference(verdicts, first[0]))]
+        (plan,) = cascade.plan(SampleConfig(**settings_of(arm))).stages
+        cells = [
+            arm,
+            str(plan.evaluations),
+            f"{verdicts.mean():.3f}",
+            str(paired_difference(verdicts, first[0])),
+        ]
         cells += [f"{frechet_between(found[name], real[name]):.3f}" for name in names]
         cells += [ratio(found[name], first[1][name], real[name]) for name in names]
         print(f"| {' | '.join(cells)} |", flush=True)
