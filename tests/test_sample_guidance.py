@@ -77,7 +77,9 @@ def test_the_manifest_tells_how_the_pictures_were_guided(
         classifier_interval=stated("classifier_interval"),
         classifier_schedule=stated("classifier_schedule"),
         contrast=manifest["contrast"],
+        sampler=stated("sampler"),
         steps=stated("timestep_respacing"),
+        step_spacing=stated("step_spacing"),
     )
     written = read_pictures(tmp_path / "samples_3x32x32x3.npz")
     np.testing.assert_array_equal(written, again.stages[1])
