@@ -6,7 +6,7 @@ may be respaced). Images are [B,C,H,W] in [-1, 1]. Symbols: docs/notation.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -91,8 +91,15 @@ class GaussianDiffusion:
 
     def respace(self, spec: str, spacing: str = "uniform") -> GaussianDiffusion:
         """The same process over fewer steps, see `spacing.choose_steps`."""
+        return self._over(self.schedule.respace(spec, spacing))
+
+    def keep(self, steps: Sequence[int]) -> GaussianDiffusion:
+        """The same process over ``steps``, rising."""
+        return self._over(self.schedule.keep(steps))
+
+    def _over(self, schedule: Schedule) -> GaussianDiffusion:
         return GaussianDiffusion(
-            self.schedule.respace(spec, spacing),
+            schedule,
             prediction=self.prediction,
             variance=self.variance,
             rescale_timesteps=self.rescale_timesteps,

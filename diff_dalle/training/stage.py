@@ -15,17 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from diff_dalle import keyed_noise
+from diff_dalle.diffusion.editing import first_steps, on_sphere
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
-from diff_dalle.diffusion.guidance import Guide
-from diff_dalle.diffusion.samplers import SAMPLERS
+from diff_dalle.diffusion.guidance import Guide, Model
+from diff_dalle.diffusion.samplers import SAMPLERS, invert_ddim
 from diff_dalle.diffusion.strength import EVERYWHERE, step_scales
 from diff_dalle.diffusion.thresholding import make_clip
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
-from diff_dalle.models.low_res import augment
+from diff_dalle.models.low_res import augment, downsample
+from diff_dalle.training.editing import StageEdit
 from diff_dalle.training.guided import guided_model
 
+NO_EDIT = StageEdit()
 _START, _AUGMENT, _STEP_0 = 0, 1, 2  # noise streams; a step has one of its own
 
 
@@ -46,6 +48,10 @@ class StageSettings:
         guidance_schedule: how its scale varies over the steps, a name of `SCHEDULES`.
         guidance_rescale: how far its predictions get their size back, 0 to 1; see `rescaled`.
         aug_level: noise level in [0, 1] put on the low-resolution input.
+        strength: share in (0, 1] of the steps that are taken, see `first_steps`; below 1 they
+            start from a given picture, noised.
+        variation: share in [0, 1] of fresh noise beside that of a given picture, found by
+            inverting DDIM; None starts as ``strength`` says.
     """
 
     sampler: str = "ddpm"
@@ -60,10 +66,13 @@ class StageSettings:
     guidance_schedule: str = "constant"
     guidance_rescale: float = 0.0
     aug_level: float = 0.0
+    strength: float = 1.0
+    variation: float | None = None
 
     def respace(self, diffusion: GaussianDiffusion) -> GaussianDiffusion:
         """The process over the steps that are visited."""
-        return diffusion.respace(self.timestep_respacing, self.step_spacing)
+        whole = diffusion.respace(self.timestep_respacing, self.step_spacing)
+        return first_steps(whole, self.strength)
 
     def clip(self) -> Clip:
         """What happens to each estimate of x_0."""
@@ -91,6 +100,7 @@ def sample_stage(
     negative: Cond | None = None,
     guide: Guide | None = None,
     callback: Callable[[int, Tensor], None] | None = None,
+    edit: StageEdit = NO_EDIT,
 ) -> Tensor:
     """Samples one picture a key.
 
@@ -106,6 +116,8 @@ def sample_stage(
         guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
             the steps of the *respaced* process (`StageSettings.respace`).
         callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
+        edit: what to start from and keep. ``strength`` below 1 and ``variation`` need its
+            picture.
     Returns:
         uint8 [B,3,H,W].
     Raises:
@@ -120,10 +132,10 @@ def sample_stage(
     dtype = next(generator.parameters()).dtype
 
     def noise(stream: int, shape: tuple[int, ...]) -> Tensor:
-        return keyed_noise.normal(keys, shape, stream).to(dtype)
+        return edit.noise(keys, shape, stream).to(dtype)
 
     with _evaluating(generator), torch.no_grad():
-        cond = _augmented(cond, settings.aug_level, noise)
+        cond = _augmented(edit.encode(generator, cond), settings.aug_level, noise)
         model = guided_model(
             generator,
             cond,
@@ -132,19 +144,45 @@ def sample_stage(
             settings.guidance_scales(diffusion),
             settings.guidance_rescale,
         )
-        x_T = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
+        fresh = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
         step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
         x_0 = SAMPLERS[settings.sampler](
             model,
-            x_T,
+            _start(model, fresh, diffusion, settings, edit),
             diffusion,
             noise=step_noise,
-            guide=guide,
-            clip=settings.clip(),
+            guide=edit.guide(guide),
+            clip=edit.clip(settings.clip()),
             callback=callback,
             eta=settings.ddim_eta,
         )
     return to_uint8(x_0)
+
+
+def _start(
+    model: Model,
+    fresh: Tensor,
+    diffusion: GaussianDiffusion,
+    settings: StageSettings,
+    edit: StageEdit,
+) -> Tensor:
+    """Where sampling starts, [B,3,H,W]: from fresh noise, or from a picture with some of it."""
+    if settings.variation is None and settings.strength == 1:
+        return fresh
+    assert edit.picture is not None
+    if settings.variation is None:
+        last = torch.full((len(fresh),), diffusion.num_steps - 1, device=fresh.device)
+        return diffusion.add_noise(edit.picture, last, fresh)
+    # Without what is known: its projection would leave no noise to find there.
+    inverted = invert_ddim(model, edit.picture, diffusion, clip=settings.clip())
+    return on_sphere(inverted, fresh, settings.variation)
+
+
+def shrink(pictures: Tensor, size: int) -> Tensor:
+    """uint8 [B,3,H,W] -> uint8 [B,3,size,size] as training shrinks; H and W at least ``size``."""
+    if pictures.shape[-1] == size:
+        return pictures
+    return to_uint8(downsample(from_uint8(pictures), size))
 
 
 def to_uint8(image: Tensor) -> Tensor:

@@ -135,8 +135,8 @@ def invert_ddim(
         x_T, [B,C,H,W], at the level of the last step.
     """
     x = x_0
-    for step in range(diffusion.num_steps):
-        t = torch.full((len(x),), max(step - 1, 0), device=x.device)
+    for step, asked in enumerate(inversion_steps(diffusion)):
+        t = torch.full((len(x),), asked, device=x.device)
         output = ask(model, diffusion, x, t)
         if step == 0:
             estimate = diffusion.posterior(output, x, t, clip=clip).x_0
@@ -146,6 +146,11 @@ def invert_ddim(
         if callback:
             callback(step + 1, estimate)
     return x
+
+
+def inversion_steps(diffusion: GaussianDiffusion) -> list[int]:
+    """The steps at which `invert_ddim` asks the network, in order."""
+    return [max(step - 1, 0) for step in range(diffusion.num_steps)]
 
 
 def ddim_inversion_step(
