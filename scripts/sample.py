@@ -26,7 +26,7 @@ def sample(argv: list[str]) -> None:
     cascade = Cascade.load(cfg.model_path, cfg.classifier_path, world.device, precision, warn=False)
     check_stated(run.stated, cascade.models)
     request = request_of(cascade, cfg)
-    plan = cascade.plan(cfg, request.low_res, request.contrast_texts)
+    plan = cascade.plan(cfg, request.low_res, request.contrast_texts, request.edits)
     folder = broadcast_object(make_output_folder(cfg.log_dir) if world.is_main else None, world)
     assert folder is not None
     with errors_to(folder, world):

@@ -5,7 +5,6 @@ B batch, N pictures, H W pixels, h w pixels of the stage before.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 
@@ -15,22 +14,20 @@ from torch import Tensor
 
 from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.drawing import Drawing, OnStep
+from diff_dalle.cascade.edits import NO_EDITS, Edit, Edits
 from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts
 from diff_dalle.cascade.plan import Plan, make_plan
-from diff_dalle.cascade.result import CascadeResult, Preview
-from diff_dalle.cascade.stages import Stage, load_stages
+from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
+from diff_dalle.cascade.stages import Stage, StrPath, as_paths, load_stages
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
-from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts
 from diff_dalle.sampling_io.previews import iterate
 from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.stage import from_uint8, to_uint8
-
-StrPath = str | os.PathLike[str]
+from diff_dalle.training.stage import shrink, to_uint8
 
 
 class Cascade:
@@ -86,7 +83,7 @@ class Cascade:
             device = torch.device(device)
         except RuntimeError as problem:
             raise UsageError(f"--device is {device!r}: give auto, cpu or cuda") from problem
-        stages = load_stages(_paths(paths), _paths(classifier or []), device)
+        stages = load_stages(as_paths(paths), as_paths(classifier or []), device)
         cascade = cls(stages, device, precision)
         for note in cascade.notes if warn else ():
             warnings.warn(note, stacklevel=2)
@@ -135,6 +132,7 @@ class Cascade:
         rerank: int = 1,
         batch_size: int = 4,
         low_res: Pictures | None = None,
+        edit: Edit | None = None,
     ) -> CascadeResult:
         """Pictures for prompts.
 
@@ -167,6 +165,7 @@ class Cascade:
             batch_size: pictures drawn at once.
             low_res: uint8 [N,h,w,3], the pictures to enlarge where the first stage is an
                 upsampler.
+            edit: pictures to start from and to keep parts of, frames to other prompts.
         Raises:
             UsageError: a setting that the stages cannot follow.
         """
@@ -194,14 +193,14 @@ class Cascade:
             rerank=rerank,
             batch_size=batch_size,
         )
-        request, plan = self._ready(prompts, cfg, low_res)
+        request, plan = self._ready(prompts, cfg, low_res, edit)
         batches = self.batches(
             plan,
             range(len(request.prompts)),
             request.texts,
             negative_prompts=request.negative_texts,
             batch_size=batch_size,
-            low_res=low_res,
+            low_res=request.low_res,
         )
         return CascadeResult.join([result for _, result in batches])
 
@@ -224,6 +223,7 @@ class Cascade:
         step_spacing: str | Sequence[str] = AUTO,
         use_ddim: bool = False,
         low_res: Pictures | None = None,
+        edit: Edit | None = None,
     ) -> Iterator[Preview]:
         """The pictures of `sample` on their way, step by step and stage by stage, as one batch.
 
@@ -245,14 +245,14 @@ class Cascade:
             step_spacing=as_texts(step_spacing),
             use_ddim=use_ddim,
         )
-        request, plan = self._ready(prompts, cfg, low_res)
+        request, plan = self._ready(prompts, cfg, low_res, edit)
         threads = torch.get_num_threads()
 
         def work(emit: Callable[[Preview], None]) -> None:
             torch.set_num_threads(threads)  # a new thread would take every core
 
             def on_step(stage: int, step: int, x_0: Tensor) -> None:
-                images = [Image.fromarray(picture) for picture in _to_numpy(to_uint8(x_0))]
+                images = [Image.fromarray(picture) for picture in to_pictures(to_uint8(x_0))]
                 total = plan.stages[stage].steps
                 emit(Preview(stage=stage, step=step, steps=total, images=images))
 
@@ -261,14 +261,18 @@ class Cascade:
                 range(len(request.prompts)),
                 request.texts,
                 negative_prompts=request.negative_texts,
-                low_res=low_res,
+                low_res=request.low_res,
                 on_step=on_step,
             )
 
         return iterate(work)
 
     def plan(
-        self, cfg: SampleConfig, low_res: Pictures | None = None, contrast: Sequence[str] = ()
+        self,
+        cfg: SampleConfig,
+        low_res: Pictures | None = None,
+        contrast: Sequence[str] = (),
+        edits: Edits = NO_EDITS,
     ) -> Plan:
         """What the flags amount to on these stages.
 
@@ -276,12 +280,13 @@ class Cascade:
             cfg: the flags.
             low_res: the pictures to enlarge, if any.
             contrast: the captions that `read_contrast` made of ``cfg.contrast``.
-
+            edits: what `make_edits` made of the flags.
         Raises:
             UsageError: a setting that the stages cannot follow, or pictures in ``low_res`` that
                 are no uint8 [N,h,w,3] as large as the first stage enlarges, or larger.
         """
-        plan = make_plan(self.stages, cfg, low_res=low_res is not None, contrast=contrast)
+        small = low_res is not None
+        plan = make_plan(self.stages, cfg, low_res=small, contrast=contrast, edits=edits)
         if low_res is not None:
             check_small_pictures(low_res, self.stages[0].small_size, self.stages[0].path)
         return plan
@@ -356,43 +361,37 @@ class Cascade:
         )
         start = None if low_res is None else self._start(low_res)
         pictures, candidates = drawing.draw(start)
-        stages = [_to_numpy(picture) for picture in pictures]
-        small = None if start is None else _to_numpy(start)
+        stages = [to_pictures(picture) for picture in pictures]
+        small = None if start is None else to_pictures(start)
         return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=small)
 
     def enlarged(self, low_res: Pictures) -> Pictures:
         """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
-        return _to_numpy(self._start(low_res))
+        return to_pictures(self._start(low_res))
 
     def _start(self, low_res: Pictures) -> Tensor:
         """`enlarged` as uint8 [N,3,h,w] on the device."""
         small = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [N,3,h,w]
-        size = self.stages[0].small_size
-        if small.shape[-1] == size:
-            return small
-        return to_uint8(downsample(from_uint8(small), size))
+        return shrink(small, self.stages[0].small_size)
 
     def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
         """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""
         return describe_cut(self.stages, prompts)
 
     def _ready(
-        self, prompts: str | Sequence[str], cfg: SampleConfig, low_res: Pictures | None
+        self,
+        prompts: str | Sequence[str],
+        cfg: SampleConfig,
+        low_res: Pictures | None,
+        edit: Edit | None,
     ) -> tuple[Request, Plan]:
         """What to draw and how; the caller's caller is warned of what the texts hold."""
-        request = request_texts(prompts, cfg, low_res)
-        plan = self.plan(cfg, low_res, request.contrast_texts)
-        cut = describe_cut(self.stages, request.prompts, request.negative_prompts, request.contrast)
-        for line in [*cut, *plan.notes()]:
+        edit = edit or Edit()
+        cfg = edit.configure(cfg)
+        request = request_texts(prompts, cfg, low_res, edit.read(self.sizes))
+        plan = self.plan(cfg, request.low_res, request.contrast_texts, request.edits)
+        read = [*request.prompts, *request.edits.ends]
+        cut = describe_cut(self.stages, read, request.negative_prompts, request.contrast)
+        for line in [*cut, *plan.notes(), *request.notes]:
             warnings.warn(line, stacklevel=3)
         return request, plan
-
-
-def _paths(value: StrPath | Sequence[StrPath]) -> list[str]:
-    values = [value] if isinstance(value, str | os.PathLike) else value
-    return [os.fspath(path) for path in values]
-
-
-def _to_numpy(pictures: Tensor) -> Pictures:
-    """[B,3,H,W] on any device -> [B,H,W,3]."""
-    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -26,7 +26,6 @@ from diff_dalle.diffusion.clip_guidance import (
     time_of_other_process,
 )
 from diff_dalle.diffusion.strength import scale_at_step
-from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.training.precision import Precision
 from diff_dalle.training.stage import from_uint8, sample_stage
@@ -102,7 +101,7 @@ class Drawing:
         """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out."""
         stage, plan = self.stages[number], self.plan.stages[number]
         size, device = stage.image_size, next(stage.loaded.generator.parameters()).device
-        keys = [key_of(self.plan.seed, index, candidate, size) for index in self.indices]
+        edits = self.plan.edits
         done = 0
 
         def callback(_: int, x_0: Tensor) -> None:
@@ -117,12 +116,13 @@ class Drawing:
                 stage.loaded.generator,
                 stage.loaded.diffusion,
                 self._condition(stage, small, device),
-                torch.tensor(keys, device=device),
+                edits.keys(self.plan.seed, self.indices, candidate, size).to(device),
                 image_size=size,
                 settings=plan.settings,
                 negative=self._negative(stage, device),
                 guide=self._guide(stage, plan),
                 callback=callback,
+                edit=edits.of_stage(stage, self.indices, candidate, device),
             )
         if self.on_step is not None:
             self.on_step(number, plan.steps, from_uint8(picture))
@@ -175,6 +175,9 @@ class Drawing:
             return similarity(features, logit_scale)
         tokens, _ = guide.loaded.tokenizer.encode(self.prompts, guide.text_length)
         used = bank.others(tokens.to(bank.tokens.device))
+        if ends := self.plan.edits.end_texts(self.indices):
+            tokens, _ = guide.loaded.tokenizer.encode(ends, guide.text_length)
+            used &= bank.others(tokens.to(bank.tokens.device))
         return log_softmax_in_set(features, logit_scale, bank.features, used)
 
     @torch.no_grad()
@@ -191,6 +194,10 @@ class Drawing:
     def _text_features(self, guide: Guide) -> Tensor:
         """[B,E], of the CLIP's own tokenizer."""
         device = next(guide.loaded.clip.parameters()).device
-        tokens, mask = guide.loaded.tokenizer.encode(self.prompts, guide.text_length)
-        with torch.autocast(device.type, enabled=False):
-            return guide.loaded.clip.encode_text(tokens.to(device), mask.to(device))
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            tokens, mask = guide.loaded.tokenizer.encode(texts, guide.text_length)
+            with torch.autocast(device.type, enabled=False):
+                return guide.loaded.clip.encode_text(tokens.to(device), mask.to(device))
+
+        return self.plan.edits.features(encode, self.prompts, self.indices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from diff_dalle.cascade.contrast import read_contrast
+from diff_dalle.cascade.edits import NO_EDITS, Edits, fit_prompts, make_edits
+from diff_dalle.cascade.init_images import Given
+from diff_dalle.cascade.shard_inputs import open_shards
 from diff_dalle.data.batch import BadSample
-from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.images import decode
-from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.errors import UsageError
 from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
@@ -43,12 +44,15 @@ class Reader:
 class Request:
     """Picture i is to be drawn for ``prompts[i]`` from ``low_res[i % len(low_res)]``.
 
+    Where frames go from a prompt to another, each frame is a picture.
+
     Attributes:
         prompts: N prompts.
         negative_prompts: N prompts to lead away from, blank for none; or no entry at all.
         contrast: the captions of ``--contrast``, each text once; empty for no set.
         low_res: uint8 [M,h,w,3], or None; N is a whole or part multiple of M.
         notes: lines to tell the user, such as what was skipped.
+        edits: what the pictures start from, keep and go to.
     """
 
     prompts: list[Prompt]
@@ -56,6 +60,19 @@ class Request:
     contrast: list[Prompt]
     low_res: Pictures | None
     notes: list[str]
+    edits: Edits = NO_EDITS
+
+    def with_edits(self, edits: Edits) -> Request:
+        """The same with what is edited, each prompt as often as it has frames."""
+        n = edits.frames
+        return replace(
+            self,
+            prompts=[prompt for prompt in self.prompts for _ in range(n)],
+            negative_prompts=[prompt for prompt in self.negative_prompts for _ in range(n)],
+            low_res=self.low_res if self.low_res is None or n == 1 else self.low_res.repeat(n, 0),
+            notes=[*self.notes, *edits.notes()],
+            edits=edits,
+        )
 
     @property
     def texts(self) -> list[str]:
@@ -73,18 +90,22 @@ class Request:
         return [caption.text for caption in self.contrast]
 
 
-def read_request(cfg: SampleConfig, reader: Reader) -> Request:
+def read_request(cfg: SampleConfig, reader: Reader, given: Given | None = None) -> Request:
     """Everything that the flags ask to be drawn.
 
+    Args:
+        cfg: the flags.
+        reader: how inputs are read.
+        given: the pictures of ``--init_images``.
     Raises:
         UsageError: nothing to draw, unreadable inputs, or another number of prompts than of
-            small pictures, or of negative prompts than of prompts.
+            small or given pictures, or of negative prompts or ends than of prompts.
     """
     notes: list[str] = []
 
     def shard_prompts(path: str) -> list[Prompt]:
         """The first caption of every sample that has one, as far as they are to be drawn."""
-        dataset = _open(path, "data_dir", with_text=True)
+        dataset = open_shards(path, "data_dir", with_text=True)
         captions = islice(dataset.first_captions(), cfg.num_samples or None)
         found = [Prompt(text, f"{path} sample {key}") for key, text in captions]
         if len(found) < len(dataset) and len(found) != cfg.num_samples:
@@ -107,28 +128,35 @@ def read_request(cfg: SampleConfig, reader: Reader) -> Request:
         if reader.reads_text:
             raise UsageError("--prompts is missing: type captions in quotes, or give --data_dir")
         prompts = [Prompt("", "no prompt")] * (1 if low_res is None else len(low_res))
+    prompts = fit_prompts(prompts, given)
     negative = spread_negative(cfg.negative_prompts, len(prompts))
+    edits = make_edits(cfg, given, len(prompts))
     prompts = repeat_prompts(prompts, cfg.num_samples)
-    return Request(
+    request = Request(
         prompts=prompts,
         negative_prompts=repeat_prompts(negative, cfg.num_samples) if negative else [],
         contrast=read_contrast(cfg.contrast, prompts),
         low_res=low_res,
         notes=notes,
     )
+    return request.with_edits(edits)
 
 
 def request_texts(
-    prompts: str | Sequence[str], cfg: SampleConfig, low_res: Pictures | None
+    prompts: str | Sequence[str],
+    cfg: SampleConfig,
+    low_res: Pictures | None,
+    given: Given | None = None,
 ) -> Request:
     """The same for prompts that a program gives.
 
     Args:
         prompts: N captions.
-        cfg: what is read of it: negative prompts and the contrast set.
+        cfg: what is read of it: negative prompts, the contrast set, ends of frames.
         low_res: uint8 [N,h,w,3], or None.
+        given: the pictures to edit.
     Raises:
-        UsageError: no prompt, or another number of pictures or of negative prompts.
+        UsageError: no prompt, or another number of pictures, of negative prompts or of ends.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -137,14 +165,15 @@ def request_texts(
         raise UsageError(
             f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
         )
-    named = [Prompt(text, f"prompt {n}") for n, text in enumerate(texts)]
-    return Request(
+    named = fit_prompts([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)], given)
+    request = Request(
         prompts=named,
         negative_prompts=spread_negative(cfg.negative_prompts, len(named)),
         contrast=read_contrast(cfg.contrast, named),
         low_res=low_res,
         notes=[],
     )
+    return request.with_edits(make_edits(cfg, given, len(named)))
 
 
 def check_small_pictures(low_res: Pictures, small: int, path: str) -> None:
@@ -201,7 +230,7 @@ def _shard_pictures(
     path: str, reader: Reader, limit: int
 ) -> tuple[Pictures, list[Prompt], list[str]]:
     """The first ``limit`` usable samples (0: all), scaled down as in training."""
-    dataset = _open(path, "low_res", with_text=reader.reads_text)
+    dataset = open_shards(path, "low_res", with_text=reader.reads_text)
     pictures: list[Pictures] = []
     prompts: list[Prompt] = []
     bad: Counter[str] = Counter()
@@ -234,12 +263,3 @@ def _small_picture(data: bytes, reader: Reader) -> Pictures:
         return decode(data, reader.small_size).transpose(1, 2, 0)
     small = downsample(picture[None], reader.small_size)[0]  # [3,h,w]
     return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-
-
-def _open(path: str, flag: str, *, with_text: bool) -> Dataset:
-    cfg = DataConfig(data_dir=[path], num_workers=0)
-    try:
-        # Any picture will do here; those that are used are looked at one by one.
-        return open_data(cfg, split="train", image_size=1, with_text=with_text, seed=0)
-    except UsageError as problem:
-        raise UsageError(str(problem).replace("--data_dir", f"--{flag}", 1)) from problem

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from diff_dalle.cascade.contrast import ContrastSet
+from diff_dalle.cascade.edits import NO_EDITS, Edits, choose_editing
 from diff_dalle.cascade.guiding import (
     ClassifierGuidance,
     choose_classifier_guidance,
@@ -14,7 +15,7 @@ from diff_dalle.cascade.guiding import (
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.cascade.steps import Steps, choose_steps_of
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
-from diff_dalle.diffusion.samplers import asked_steps
+from diff_dalle.diffusion.samplers import asked_steps, inversion_steps
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage
 from diff_dalle.training.stage import StageSettings
@@ -43,13 +44,15 @@ class StagePlan:
         cls, settings: StageSettings, process: GaussianDiffusion, classifier: ClassifierGuidance
     ) -> StagePlan:
         """The plan with its counts; ``process`` is respaced."""
-        asked = asked_steps(settings.sampler, process)
+        sampled = asked_steps(settings.sampler, process)
+        inverted = [] if settings.variation is None else inversion_steps(process)
+        asked = [*inverted, *sampled]
         return cls(
             settings=settings,
             steps=process.num_steps,
             classifier=classifier,
             evaluations=len(asked) + int((settings.guidance_scales(process)[asked] != 1).sum()),
-            classifier_evaluations=int((classifier.scales(process)[asked] != 0).sum()),
+            classifier_evaluations=int((classifier.scales(process)[sampled] != 0).sum()),
         )
 
     @property
@@ -68,6 +71,7 @@ class Plan:
         rerank: candidates drawn for each prompt, 1 or more.
         rerank_stage: number of the stage whose noised CLIP chooses among them.
         contrast: the captions that noised CLIPs tell a prompt from.
+        edits: what pictures start from, keep and go to.
     """
 
     seed: int
@@ -75,6 +79,7 @@ class Plan:
     rerank: int
     rerank_stage: int
     contrast: ContrastSet
+    edits: Edits = NO_EDITS
 
     @property
     def steps(self) -> int:
@@ -121,7 +126,12 @@ def _idle(number: int, part: StagePlan) -> Iterator[str]:
 
 
 def make_plan(
-    stages: Sequence[Stage], cfg: SampleConfig, *, low_res: bool, contrast: Sequence[str] = ()
+    stages: Sequence[Stage],
+    cfg: SampleConfig,
+    *,
+    low_res: bool,
+    contrast: Sequence[str] = (),
+    edits: Edits = NO_EDITS,
 ) -> Plan:
     """The plan that flags amount to on these stages.
 
@@ -130,11 +140,13 @@ def make_plan(
         cfg: the flags; paths, prompts and outputs are not read here.
         low_res: whether small pictures are given.
         contrast: the captions that `read_contrast` made of ``cfg.contrast``.
+        edits: what `make_edits` made of the flags.
     Raises:
         UsageError: a setting that these stages cannot follow.
     """
     _check_start(stages[0], low_res)
     count, steps = len(stages), choose_steps_of(stages, cfg)
+    editing = choose_editing(stages, cfg, edits)
     free = choose_free_guidance(stages, cfg)
     classifiers = choose_classifier_guidance(stages, cfg)
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
@@ -150,6 +162,7 @@ def make_plan(
             threshold_max=cfg.threshold_max,
             **asdict(free[number]),
             aug_level=levels[number] if stage.small_size else 0.0,
+            **asdict(editing[number]),
         )
         _check_stage(stage, settings)
         process = settings.respace(stage.loaded.diffusion)
@@ -160,6 +173,7 @@ def make_plan(
         rerank=cfg.rerank,
         rerank_stage=_rerank_stage(stages, cfg.rerank),
         contrast=ContrastSet(contrast),
+        edits=edits,
     )
 
 

@@ -17,6 +17,7 @@ import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
 from diff_dalle.cascade.consistency import measure_stages
 from diff_dalle.cascade.cut import describe_cut
+from diff_dalle.cascade.init_images import read_given
 from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
 from diff_dalle.sampling_io.config import SampleConfig
@@ -33,8 +34,9 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     reader = Reader(
         reads_text=cascade.reads_text, small_size=first.small_size, image_size=first.image_size
     )
-    request = read_request(cfg, reader)
-    different = list(dict.fromkeys(request.prompts))
+    given = read_given(cfg.init_images, cfg.masks, cascade.sizes, cfg.num_samples)
+    request = read_request(cfg, reader, given)
+    different = list(dict.fromkeys([*request.prompts, *request.edits.ends]))
     negative = list(dict.fromkeys(request.negative_prompts))
     cut = describe_cut(cascade.stages, different, negative, request.contrast)
     request.notes.extend(cut)
@@ -120,6 +122,7 @@ def manifest_of(
     images: list[dict[str, Any]] = [
         {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
         | {"consistency": _consistency_of(cascade, request, writer, n)}
+        | plan.edits.describe_picture(n)
         for n, prompt in enumerate(request.prompts)
     ]
     for image, negative in zip(images, request.negative_prompts, strict=False):
@@ -172,5 +175,6 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
         "contrast": cfg.contrast,
         "contrast_captions": len(plan.contrast.texts),
         "contrast_sha256": contrast if plan.contrast.texts else None,
+        **plan.edits.describe(),
         "stages": stages,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from diff_dalle.sampling_io.config import per_stage, split_paths
 from diff_dalle.sampling_io.find import expand_paths
 from diff_dalle.training.checkpoint_file import read_kind
 
+StrPath = str | os.PathLike[str]
 NO_CLASSIFIER = "none"
 _OLD_SHARE = 0.1  # of an average, from which on its samples look untrained
 
@@ -89,6 +91,12 @@ class Stage:
             "checkpoint": _describe(self.path, self.loaded),
             "classifier": self.guide and _describe(self.guide.path, self.guide.loaded),
         }
+
+
+def as_paths(value: StrPath | Sequence[StrPath]) -> list[str]:
+    """One path or several, as texts."""
+    values = [value] if isinstance(value, str | os.PathLike) else value
+    return [os.fspath(path) for path in values]
 
 
 def load_stages(

@@ -42,19 +42,26 @@ def choose_steps_of(stages: Sequence[Stage], cfg: SampleConfig) -> list[Steps]:
     samplers = per_stage(cfg.sampler, count, "sampler")
     spacings = per_stage(cfg.step_spacing, count, "step_spacing")
     specs = per_stage(cfg.resolved_respacing, count, "steps" if cfg.steps else "timestep_respacing")
+    varied = [cfg.variation is not None, *[False] * (count - 1)]
+    choices = zip(stages, samplers, specs, spacings, varied, strict=True)
     return [
-        _resolve(stage, cfg, sampler, spec, spacing)
-        for stage, sampler, spec, spacing in zip(stages, samplers, specs, spacings, strict=True)
+        _resolve(stage, cfg, sampler, spec, spacing, varied)
+        for stage, sampler, spec, spacing, varied in choices
     ]
 
 
-def _resolve(stage: Stage, cfg: SampleConfig, sampler: str, spec: str, spacing: str) -> Steps:
+def _resolve(
+    stage: Stage, cfg: SampleConfig, sampler: str, spec: str, spacing: str, varied: bool
+) -> Steps:
+    """One stage's; ``varied``: its noise comes from inverting DDIM, which then draws."""
     by_older_flags = sampler == AUTO and (cfg.use_ddim or cfg.timestep_respacing != [AUTO])
     if sampler == AUTO:
-        sampler = "ddim" if cfg.use_ddim else "ddpm" if by_older_flags else FAST_SAMPLER
+        sampler = "ddim" if cfg.use_ddim or varied else "ddpm" if by_older_flags else FAST_SAMPLER
     check_sampler(sampler)
     clash = cfg.use_ddim and sampler != "ddim"
     require(not clash, "sampler", sampler, "be ddim or left out beside --use_ddim True")
+    fits = not varied or sampler == "ddim"
+    require(fits, "sampler", sampler, "be ddim or left out for the first stage of --variation")
     if spec == AUTO:
         diffusion = stage.loaded.diffusion
         spec = str(

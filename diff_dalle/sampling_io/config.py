@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO, knob, require, require_choice
+from diff_dalle.sampling_io.edit_config import EditConfig
 
 Value = TypeVar("Value")
 
@@ -17,7 +18,7 @@ PerStage = str | float | Sequence[str | float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig:
+class SampleConfig(EditConfig):
     """What to sample, how, and where to write it.
 
     Lists take one entry a stage, separated by spaces, or one entry for all stages.
@@ -102,6 +103,7 @@ class SampleConfig:
     use_fp16: bool = knob(False, "the same as --precision fp16")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.num_samples >= 0, "num_samples", self.num_samples, "be 0 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "be 1 or more")
         require(self.rerank >= 1, "rerank", self.rerank, "be 1 (no reranking) or more")

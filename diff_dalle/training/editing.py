@@ -22,13 +22,13 @@ class Between:
     """The far end of a way between two pictures, and how far along it each of B pictures lies.
 
     Attributes:
-        keys: int64 [B], whose noise is at the end.
+        keys: int64 [B], whose noise is at the end; None where the noise stays.
         share: float64 [B] on the CPU, 0 at the start and 1 at the end.
         cond: tokens and mask [B,L] of the caption at the end; None where the caption stays.
     """
 
-    keys: Tensor
     share: Tensor
+    keys: Tensor | None = None
     cond: Cond | None = None
 
     def encode(self, generator: Generator, cond: Cond) -> Cond:
@@ -50,6 +50,8 @@ class Between:
 
     def noise(self, noise: Tensor, stream: int) -> Tensor:
         """``noise`` [B,...] at the start, brought towards the same stream of the end's keys."""
+        if self.keys is None:
+            return noise
         end = keyed_noise.normal(self.keys, tuple(noise.shape[1:]), stream).to(noise.dtype)
         return on_sphere(noise, end, self.share)
 

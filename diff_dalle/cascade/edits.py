@@ -1,0 +1,280 @@
+"""What a run edits, and what that means for each picture and stage.
+
+N pictures, B of a batch, E embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diff_dalle.cascade.init_images import Given, ImageLike, read_given
+from diff_dalle.cascade.stages import Stage
+from diff_dalle.errors import UsageError
+from diff_dalle.keyed_noise import key_of
+from diff_dalle.models.generator import Cond
+from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, numbers, per_stage
+from diff_dalle.sampling_io.prompts import Prompt
+from diff_dalle.training.editing import Between, StageEdit
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edit:
+    """What `Cascade.sample` is to edit; the fields carry the names of the flags.
+
+    Attributes:
+        init_images: pictures to start from, one for all prompts or one each: paths, PIL images
+            or arrays uint8 [H,W,3]; a path may also be a folder, shards or an npz.
+        masks: of the pictures' sizes, one for all or one each: white is drawn anew, black stays,
+            grey blends. Paths, PIL images or arrays, uint8 or bool [H,W].
+        strength: share of the steps, above 0, that are taken from the noised picture on; 1 is
+            from noise. One value is the first stage's, and the others draw after their small
+            picture alone; or one a stage.
+        variation: share of fresh noise, 0 to 1, beside the noise that DDIM's inversion finds in
+            the picture; for a base model. None: no variation.
+        interpolate_to: captions where the frames end, one for all prompts or one each.
+        interpolate_seed: seed of the noise where the frames end; None: the noise stays.
+        frames: pictures for each prompt, from it to its end; 2 or more, or 0 for no frames.
+    """
+
+    init_images: ImageLike | Sequence[ImageLike] = ()
+    masks: ImageLike | Sequence[ImageLike] = ()
+    strength: PerStage = 1.0
+    variation: float | None = None
+    interpolate_to: str | Sequence[str] = ()
+    interpolate_seed: int | None = None
+    frames: int = 0
+
+    def read(self, sizes: Sequence[int]) -> Given | None:
+        """The pictures and masks, for stages of ``sizes`` pixels; see `read_given`."""
+        return read_given(self.init_images, self.masks, sizes)
+
+    def configure(self, cfg: SampleConfig) -> SampleConfig:
+        """The flags with these ones, pictures apart."""
+        ends = self.interpolate_to
+        return replace(
+            cfg,
+            strength=as_texts(self.strength),
+            variation=self.variation,
+            interpolate_to=[ends] if isinstance(ends, str) else list(ends),
+            interpolate_seed=self.interpolate_seed,
+            frames=self.frames,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Edits:
+    """What N pictures start from, keep and go to. Picture i is frame i % frames of its prompt.
+
+    Attributes:
+        given: the pictures to edit, repeated in order; None for none.
+        ends: captions where frames end, repeated in order; none: the captions stay.
+        seed: of the noise where frames end; None: the noise stays.
+        frames: pictures of one prompt.
+    """
+
+    given: Given | None = None
+    ends: Sequence[Prompt] = ()
+    seed: int | None = None
+    frames: int = 1
+
+    def keys(self, seed: int, indices: Sequence[int], candidate: int, size: int) -> Tensor:
+        """Keys of the noise of a stage of ``size`` pixels, int64 [B]; frames share theirs."""
+        parts = [key_of(seed, index // self.frames, candidate, size) for index in indices]
+        return torch.tensor(parts, dtype=torch.int64)
+
+    def share(self, indices: Sequence[int]) -> Tensor:
+        """How far along its way each picture lies, float64 [B] in [0, 1]."""
+        along = torch.tensor([index % self.frames for index in indices], dtype=torch.float64)
+        return along / max(self.frames - 1, 1)
+
+    def end_texts(self, indices: Sequence[int]) -> list[str]:
+        """The caption where each picture's frames end; none where captions stay."""
+        if not self.ends:
+            return []
+        return [self.ends[index // self.frames % len(self.ends)].text for index in indices]
+
+    def of_stage(
+        self, stage: Stage, indices: Sequence[int], candidate: int, device: torch.device
+    ) -> StageEdit:
+        """What one stage starts from and keeps for the pictures of a batch."""
+        between = self._between(stage, indices, candidate, device)
+        if self.given is None or stage.image_size > self.given.size:
+            return StageEdit(between=between)
+        numbers = [index // self.frames for index in indices]
+        picture, drawn = self.given.at(stage.image_size, numbers, device)
+        return StageEdit(picture=picture, drawn=drawn, between=between)
+
+    def _between(
+        self, stage: Stage, indices: Sequence[int], candidate: int, device: torch.device
+    ) -> Between | None:
+        if self.frames == 1:
+            return None
+        keys = cond = None
+        if self.seed is not None:
+            keys = self.keys(self.seed, indices, candidate, stage.image_size).to(device)
+        texts = self.end_texts(indices)
+        if texts and stage.tokenizer is not None:
+            tokens, mask = stage.tokenizer.encode(texts, stage.text_length)
+            cond = Cond(tokens=tokens.to(device), mask=mask.to(device))
+        return Between(share=self.share(indices), keys=keys, cond=cond)
+
+    def features(
+        self,
+        encode: Callable[[Sequence[str]], Tensor],
+        texts: Sequence[str],
+        indices: Sequence[int],
+    ) -> Tensor:
+        """A CLIP's unit features [B,E] of captions on their way, on a straight line."""
+        here, ends = encode(texts), self.end_texts(indices)
+        if not ends:
+            return here
+        share = self.share(indices).to(here.dtype).to(here.device)[:, None]  # [B,1]
+        line = F.normalize(torch.lerp(here, encode(ends), share), dim=-1)
+        return torch.where(share == 0, here, line)
+
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        return [] if self.given is None else self.given.notes()
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest says of the run."""
+        told: dict[str, Any] = {} if self.given is None else self.given.describe()
+        if self.frames > 1:
+            told |= {"frames": self.frames, "interpolate_seed": self.seed}
+            told |= {"interpolate_to": [end.text for end in self.ends]}
+        return told
+
+    def describe_picture(self, index: int) -> dict[str, Any]:
+        """What a manifest says of one picture."""
+        told: dict[str, Any] = {}
+        if self.given is not None:
+            told["init_image"] = index // self.frames % len(self.given)
+        if self.frames > 1:
+            told |= {"frame": index % self.frames, "share": float(self.share([index]))}
+        return told
+
+
+NO_EDITS = Edits()
+
+
+def make_edits(cfg: SampleConfig, given: Given | None, count: int) -> Edits:
+    """What the flags ask to be edited.
+
+    Args:
+        cfg: the flags.
+        given: the pictures, if any.
+        count: the number of prompts, before they repeat.
+    Raises:
+        UsageError: another number of ends than of prompts.
+    """
+    ends = [
+        Prompt(text.strip(), f"--interpolate_to entry {number}")
+        for number, text in enumerate(cfg.interpolate_to, start=1)
+    ]
+    if len(ends) not in (0, 1, count):
+        raise UsageError(
+            f"--interpolate_to has {len(ends)} entries for {count} "
+            f"{'prompt' if count == 1 else 'prompts'}: give one for all, or one a prompt"
+        )
+    frames = cfg.frames if cfg.interpolates else 1
+    return Edits(given=given, ends=ends, seed=cfg.interpolate_seed, frames=frames)
+
+
+def fit_prompts(prompts: Sequence[Prompt], given: Given | None) -> list[Prompt]:
+    """One prompt a picture where several are given: one prompt serves them all.
+
+    Raises:
+        UsageError: another number of pictures than of prompts, and neither is one.
+    """
+    count = 1 if given is None else len(given)
+    if count == 1 or len(prompts) == count:
+        return list(prompts)
+    if len(prompts) != 1:
+        raise UsageError(
+            f"--init_images holds {count} pictures for {len(prompts)} prompts: give one each, or "
+            "one of either for all"
+        )
+    return list(prompts) * count
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageEditing:
+    """How far one stage leaves its picture; the fields are those of `StageSettings`."""
+
+    strength: float
+    variation: float | None
+
+
+def choose_editing(stages: Sequence[Stage], cfg: SampleConfig, edits: Edits) -> list[StageEditing]:
+    """How far each stage leaves its picture.
+
+    Raises:
+        UsageError: a value out of range, or one that contradicts others or that nothing reads.
+    """
+    values = numbers(cfg.strength, "strength")
+    for value in values:
+        if not 0 < value <= 1:
+            raise UsageError(
+                f"--strength is {value:g}: it must lie above 0, and be 1 (from noise) or less"
+            )
+    later = [1.0] * (len(stages) - 1)
+    one = len(values) == 1
+    strengths = [*values, *later] if one else per_stage(values, len(stages), "strength")
+    if cfg.variation is not None:
+        _check_variation(stages[0], cfg, strengths[0])
+    _check_given(stages, cfg, strengths, edits)
+    if edits.frames > 1 and cfg.rerank > 1:
+        raise UsageError(
+            f"--rerank is {cfg.rerank}: frames would come from different candidates, give 1"
+        )
+    variations = [cfg.variation, *(None for _ in later)]
+    return [
+        StageEditing(strength=strength, variation=variation)
+        for strength, variation in zip(strengths, variations, strict=True)
+    ]
+
+
+def _check_variation(first: Stage, cfg: SampleConfig, strength: float) -> None:
+    if first.small_size:
+        raise UsageError(
+            f"--variation inverts a base model, but {first.path} is an upsampler: put a base "
+            "model before it, or use --strength"
+        )
+    if strength != 1:
+        raise UsageError(
+            f"--strength is {strength:g} beside --variation, which starts from all of the noise: "
+            "give one of them"
+        )
+    if cfg.ddim_eta:
+        raise UsageError(
+            f"--ddim_eta is {cfg.ddim_eta:g} beside --variation, which inverts DDIM without "
+            "noise: give 0"
+        )
+
+
+def _check_given(
+    stages: Sequence[Stage], cfg: SampleConfig, strengths: Sequence[float], edits: Edits
+) -> None:
+    """Refuse editing without pictures, and pictures that nothing reads."""
+    given, started = edits.given, any(strength != 1 for strength in strengths)
+    if given is None:
+        for flag, asked in (("strength", started), ("variation", cfg.variation is not None)):
+            if asked:
+                raise UsageError(f"--{flag} starts from a picture: name it with --init_images")
+        return
+    if given.masks is None and not started and cfg.variation is None:
+        raise UsageError(
+            "--init_images is read by --masks, --strength below 1 or --variation: give one of them"
+        )
+    for stage, strength in zip(stages, strengths, strict=True):
+        if strength != 1 and stage.image_size > given.size:
+            raise UsageError(
+                f"--strength is {strength:g} for the stage of {stage.image_size} px, but the "
+                f"smallest picture of --init_images holds {given.size} px: give 1 for that stage"
+            )
