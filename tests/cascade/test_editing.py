@@ -128,6 +128,9 @@ def test_frames_do_not_depend_on_the_batch(cascade: Cascade) -> None:
     alone = cascade.sample(PROMPTS, edit=edit, batch_size=1, **options).stages
     for one, other in zip(together, alone, strict=True):
         assert largest_difference(one, other) <= 1
+    edited = ((PICTURE, MASK), (PICTURE, MASK), (OTHER, MASK.T), (OTHER, MASK.T))
+    for frame, (given, mask) in zip(together[2], edited, strict=True):
+        np.testing.assert_array_equal(frame[mask == 0], given[mask == 0])
 
 
 def test_frames_from_small_pictures(folder: Path) -> None:

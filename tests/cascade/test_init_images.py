@@ -89,20 +89,20 @@ def test_a_mask_is_cut_as_its_picture_is() -> None:
     assert (white == bright).mean() > 0.99
 
 
-def test_a_mask_turns_with_a_picture_that_lies_on_its_side() -> None:
+@pytest.mark.parametrize(("orientation", "degrees"), [(6, 90), (3, 180), (8, 270)])
+def test_a_mask_turns_with_a_picture_that_lies_on_its_side(
+    tmp_path: Path, orientation: int, degrees: int
+) -> None:
     """EXIF says how a camera was held: a mask is painted on what viewers show."""
     shown = np.random.default_rng(3).integers(0, 256, (40, 33, 3), np.uint8)
-    stored, exif = Image.fromarray(shown).transpose(Image.Transpose.ROTATE_90), Image.Exif()
-    exif[0x0112] = 6  # to be turned by 270 degrees counter-clockwise
-    data = io.BytesIO()
-    stored.save(data, "PNG", exif=exif)
-    data.seek(0)
-    turned = Image.open(data)
-    mask = np.zeros((40, 33), np.uint8)
-    given = read(turned, mask)
-    np.testing.assert_array_equal(given.pictures, read(shown, mask).pictures)
-    with pytest.raises(UsageError, match="is 40x33 px, but picture 0 is 33x40 px"):
-        read(turned, mask.T)
+    stored, exif = Image.fromarray(shown).rotate(degrees, expand=True), Image.Exif()
+    exif[0x0112] = orientation
+    path, mask = tmp_path / "turned.png", np.zeros((40, 33), np.uint8)
+    stored.save(path, exif=exif)
+    for turned in (path, Image.open(path)):
+        np.testing.assert_array_equal(read(turned, mask).pictures, read(shown, mask).pictures)
+        with pytest.raises(UsageError, match="is 40x33 px, but .* is 33x40 px"):
+            read(turned, mask.T)
 
 
 def test_a_small_pixel_of_a_mask_is_as_white_as_its_whitest() -> None:
