@@ -19,9 +19,8 @@ class EditConfig:
         [], "PNGs as large as their pictures, one for all or one each: white is drawn, black stays"
     )
     strength: list[str] = knob(
-        ["1.0"], "share of the steps taken from the noised picture (1: from noise); one value is "
-        "the first stage's and the others draw after it, or one a stage",
-    )  # fmt: skip
+        ["1.0"], "share of the steps, from the noised picture on (1: from noise); one: stage 1's"
+    )
     variation: float | None = knob(
         None, "draw the picture anew with this share of fresh noise, from 0 (none) to 1 (all)"
     )
