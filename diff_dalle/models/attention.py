@@ -1,4 +1,4 @@
-"""Attention: one kernel, and the four modules that use it.
+"""Attention: one kernel, the modules that use it, and text that is read many times.
 
 Notation: B batch, C channels, H W pixels, L tokens, D width of the text, N heads, K channels
 of a head.
@@ -127,13 +127,47 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(text_dim, channels, bias=False)
         self.project = zero_(nn.Linear(channels, channels, bias=False))
 
-    def forward(self, x: Tensor, text: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, text: Text, bias: Tensor | None) -> Tensor:
         """Image [B,C,H,W], text [B,L,D] (zero at padding), `padding_bias` -> [B,C,H,W]."""
         query = self.query(to_tokens(self.norm(x))).unflatten(2, (self.heads, -1))  # [B,HW,N,K]
-        key = self.key(text).unflatten(2, (self.heads, -1))  # [B,L,N,K]
-        value = self.value(text).unflatten(2, (self.heads, -1))
+        key, value = text.read_by(self) if isinstance(text, TextMemory) else self.read(text)
         h = attend(query, key, value, bias)  # [B,HW,C]
         return x + self.project(h).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Text [B,L,D] -> key and value, each [B,L,N,K]."""
+        key = self.key(text).unflatten(2, (self.heads, -1))
+        return key, self.value(text).unflatten(2, (self.heads, -1))
+
+
+class TextMemory:
+    """Text that many calls read, as the steps of a sampler do: keys and values are kept.
+
+    Every module's are computed when it first asks, without gradients, and under the autocast of
+    that moment. They are of the weights of that moment, too.
+
+    Attributes:
+        text: [B,L,D], zero at padding.
+        mask: bool [B,L], True where a token is real.
+        bias: `padding_bias` of the mask.
+    """
+
+    def __init__(self, text: Tensor, mask: Tensor) -> None:
+        self.text = text.masked_fill(~mask[:, :, None], 0.0)
+        self.mask = mask
+        self.bias = padding_bias(mask)
+        self._read: dict[CrossAttention, tuple[Tensor, Tensor]] = {}
+
+    def read_by(self, attention: CrossAttention) -> tuple[Tensor, Tensor]:
+        """`CrossAttention.read` of the text."""
+        if attention not in self._read:
+            with torch.no_grad():
+                self._read[attention] = attention.read(self.text)
+        return self._read[attention]
+
+
+Text = Tensor | TextMemory
+"""Features of captions [B,L,D], for one call or for many."""
 
 
 def _norm(channels: int, groups: int, size: int | None) -> nn.Module:

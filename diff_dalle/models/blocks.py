@@ -15,7 +15,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from diff_dalle.models.attention import CrossAttention, SelfAttention
+from diff_dalle.models.attention import CrossAttention, SelfAttention, Text
 from diff_dalle.models.layers import Downsample, ResBlock, Upsample
 
 Resample = ResBlock | Downsample | Upsample
@@ -78,7 +78,7 @@ class Block(nn.Module):
         self.resample = resample
 
     def forward(
-        self, x: Tensor, embedding: Tensor, text: Tensor | None, bias: Tensor | None
+        self, x: Tensor, embedding: Tensor, text: Text | None, bias: Tensor | None
     ) -> Tensor:
         """Features [B,C,H,W], embedding [B,E], text [B,L,D], padding bias [B,1,1,L]."""
         if not (self.use_checkpoint and torch.is_grad_enabled()):
@@ -87,9 +87,7 @@ class Block(nn.Module):
             self._run, x, embedding, text, bias, use_reentrant=False, context_fn=_contexts
         )
 
-    def _run(
-        self, x: Tensor, embedding: Tensor, text: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
+    def _run(self, x: Tensor, embedding: Tensor, text: Text | None, bias: Tensor | None) -> Tensor:
         if self.before is not None:
             x = _resampled(self.before, x, embedding)
         if self.res is not None:

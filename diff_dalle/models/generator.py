@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
+from diff_dalle.models.attention import Text, TextMemory
 from diff_dalle.models.layers import LevelEmbedding
 from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_sum
 from diff_dalle.models.unet import UNet
@@ -47,6 +48,8 @@ class Cond:
         mask: bool [B,L], True where a token is real.
         drop: bool [B], captions to replace by the learned null embedding; None: none of them.
         text: [B,L,D], the encoded tokens (then ``tokens`` is not read); see `Generator.encode`.
+        memory: the text with all that networks make of it, in place of the four fields above;
+            see `Generator.remember`.
         low_res: [B,3,h,w] in [-1, 1], already blurred and noised. It is stretched over the whole
             of the noised image, each axis by itself: another aspect is not an error.
         aug_level: float [B] in [0, 1], the noise level of ``low_res``; None: 0.
@@ -56,6 +59,7 @@ class Cond:
     mask: Tensor | None = None
     drop: Tensor | None = None
     text: Tensor | None = None
+    memory: TextMemory | None = None
     low_res: Tensor | None = None
     aug_level: Tensor | None = None
 
@@ -116,6 +120,20 @@ class Generator(nn.Module):
             raise ValueError(f"Cond.{missing} is missing: this generator reads text")
         return replace(cond, text=self.text_encoder(cond.tokens, cond.mask))
 
+    def remember(self, cond: Cond) -> Cond:
+        """`encode`, dropped captions replaced, and keys and values kept from call to call.
+
+        For samplers: no gradient flows into the text, and the weights must not change between
+        the calls.
+
+        Returns:
+            ``cond`` with ``memory`` in place of its text; unchanged where no text is read.
+        """
+        if self.text_encoder is None or cond.memory is not None:
+            return cond
+        memory = TextMemory(*self._text_or_null(self.encode(cond)))
+        return replace(cond, tokens=None, mask=None, drop=None, text=None, memory=memory)
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """Predict from a noised image.
 
@@ -127,10 +145,13 @@ class Generator(nn.Module):
             [B,6,H,W] with ``learn_sigma`` (mean's channels, then the variance's), else [B,3,H,W].
         """
         self._check(cond)
-        text, mask, extra = None, None, None
-        if self.cfg.cond_text:
+        text: Text | None = cond.memory
+        mask, extra = None, None
+        if cond.memory is not None:
+            extra = self.pooled_text(masked_sum(cond.memory.text, cond.memory.mask))  # [B,E]
+        elif self.cfg.cond_text:
             text, mask = self._text_or_null(self.encode(cond))  # [B,L,D], [B,L]
-            extra = self.pooled_text(masked_sum(text, mask))  # [B,E]
+            extra = self.pooled_text(masked_sum(text, mask))
         enlarged = None
         if cond.low_res is not None:
             # ADM's way, and right for crops: low_res covers what x_t covers.
@@ -159,13 +180,16 @@ class Generator(nn.Module):
         return text, torch.where(drop[:, None], first, mask)
 
     def _check(self, cond: Cond) -> None:
-        if self.cfg.cond_text:
+        if self.cfg.cond_text and cond.memory is None:
             if cond.mask is None:
                 raise ValueError("Cond.mask is missing: this generator reads text")
         else:
-            for name in ("tokens", "mask", "drop", "text"):
+            needless = ["tokens", "mask", "drop", "text"]
+            needless += [] if self.cfg.cond_text else ["memory"]
+            why = "Cond.memory is there" if self.cfg.cond_text else "cond_text is False"
+            for name in needless:
                 if getattr(cond, name) is not None:
-                    raise ValueError(f"Cond.{name} was given, but cond_text is False")
+                    raise ValueError(f"Cond.{name} was given, but {why}")
         if self.cfg.small_size and cond.low_res is None:
             raise ValueError("Cond.low_res is missing: this generator is an upsampler")
         if not self.cfg.small_size:

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff_dalle.knobs import AUTO
-from diff_dalle.models.attention import CrossAttention, SelfAttention, padding_bias
+from diff_dalle.models.attention import (
+    CrossAttention,
+    SelfAttention,
+    Text,
+    TextMemory,
+    padding_bias,
+)
 from diff_dalle.models.blocks import Block, Resample
 from diff_dalle.models.layers import (
     Downsample,
@@ -194,7 +200,7 @@ class UNet(nn.Module):
         self,
         x: Tensor,
         t: Tensor,
-        text: Tensor | None = None,
+        text: Text | None = None,
         mask: Tensor | None = None,
         extra_embedding: Tensor | None = None,
     ) -> Tensor:
@@ -203,8 +209,8 @@ class UNet(nn.Module):
         Args:
             x: [B,in_channels,H,W]; H and W multiples of ``cfg.downsampling``, so crops work.
             t: [B] timesteps, integer or float, 0 … 1000.
-            text: [B,L,D], or None.
-            mask: bool [B,L], True where a token is real; None: all are.
+            text: [B,L,D], or one for many calls, or None.
+            mask: bool [B,L], True where a token is real; None: all are, or ``text`` knows.
             extra_embedding: [B,E], added to the embedding of the timestep.
         Returns:
             [B,out_channels,H,W] in the dtype of ``x``.
@@ -215,7 +221,9 @@ class UNet(nn.Module):
             embedding = embedding + extra_embedding
         embedding = F.silu(embedding)  # every residual block reads it activated
         bias = None
-        if text is not None and mask is not None:
+        if isinstance(text, TextMemory):
+            bias = text.bias
+        elif text is not None and mask is not None:
             text, bias = text.masked_fill(~mask[:, :, None], 0.0), padding_bias(mask)
         folded = F.pixel_unshuffle(x, self.cfg.patch_size)  # [B,in*p*p,H/p,W/p]
         h = self.stem(folded)

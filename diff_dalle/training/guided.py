@@ -31,7 +31,8 @@ def guided_model(
 
     Args:
         generator: the stage's model.
-        cond: what it is told, for B pictures; texts are encoded here, once.
+        cond: what it is told, for B pictures; texts are encoded here, and read once by every
+            layer, since they are the same at all steps.
         negative: tokens and mask [B,L], and in ``drop`` [B] the pictures for which the null
             caption stays: what takes the null caption's place. None: nothing does.
         diffusion: the process that is sampled.
@@ -40,13 +41,15 @@ def guided_model(
         rescale: see `guidance.rescaled`.
     """
     cond = generator.encode(cond)
+    told = generator.remember(cond)
 
     def conditional(x_t: Tensor, time: Tensor) -> Tensor:
-        return generator(x_t, time, cond)
+        return generator(x_t, time, told)
 
     if bool((scales == 1).all()):
         return conditional
-    both = _both_branches(cond, None if negative is None else generator.encode(negative))
+    negative = None if negative is None else generator.encode(negative)
+    both = generator.remember(_both_branches(cond, negative))
     return classifier_free(
         lambda x_t, time: generator(x_t, time, both),
         scale_at_time(diffusion, scales),

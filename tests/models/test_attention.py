@@ -9,6 +9,7 @@ from diff_dalle.models.attention import (
     AttentionPool,
     CrossAttention,
     SelfAttention,
+    TextMemory,
     attend,
     padding_bias,
     split_qkv,
@@ -99,6 +100,23 @@ def test_attention_reads_the_text_and_not_its_padding(perturb) -> None:  # type:
     assert torch.equal(block(x, text, padding_bias(mask)), before)
     text[:, 1] += 1
     assert not torch.allclose(block(x, text, padding_bias(mask)), before)
+
+
+def test_a_memory_is_read_once_and_says_the_same(perturb) -> None:  # type: ignore[no-untyped-def]
+    blocks = [perturb(CrossAttention(16, 2, text_dim=8)) for _ in range(2)]
+    text, mask = torch.randn(2, 3, 8), torch.tensor([[True, True, False], [True, False, False]])
+    memory = TextMemory(text, mask)
+    with torch.no_grad():
+        blocks[1].value.weight.neg_()
+    read = []
+    for block in blocks:
+        block.key.register_forward_hook(lambda *_: read.append(1))
+    plain = text.masked_fill(~mask[:, :, None], 0.0)
+    for x in torch.randn(3, 2, 16, 2, 2):
+        for block in blocks:  # each has keys of its own
+            read.clear()
+            assert torch.equal(block(x, memory, memory.bias), block(x, plain, padding_bias(mask)))
+    assert read == [1]  # the plain call's
 
 
 def test_pooling_equals_full_attention_read_at_the_mean(perturb) -> None:  # type: ignore[no-untyped-def]

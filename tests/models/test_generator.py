@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from diff_dalle.errors import UsageError
+from diff_dalle.models.attention import TextMemory
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet_config import UNetConfig
@@ -19,6 +20,7 @@ Inputs = tuple[Tensor, Tensor, Cond]
 Small = Callable[..., Generator]
 Perturb = Callable[[nn.Module], nn.Module]
 UPSAMPLER = {"small_size": 4}
+MEMORY = TextMemory(torch.zeros(3, 6, 16), torch.ones(3, 6, dtype=torch.bool))
 
 
 def _upsampler_cond(cond: Cond) -> Cond:
@@ -118,6 +120,33 @@ def test_encoding_once_changes_nothing(small: Small, perturb: Perturb, inputs: I
         calls.clear()
 
 
+@pytest.mark.parametrize("drop", [None, [True, False, True]])
+def test_remembering_changes_nothing_and_reads_once(
+    small: Small, perturb: Perturb, inputs: Inputs, drop: list[bool] | None
+) -> None:
+    x, t, cond = inputs
+    cond = replace(cond, drop=None if drop is None else torch.tensor(drop))
+    model = perturb(small())
+    expected = model(x, t, cond)
+    calls: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(("cross.key", "cross.value")) or module is model.text_encoder:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    told = model.remember(cond)
+    assert model.remember(told) is told
+    for _ in range(3):
+        assert torch.equal(model(x, t, told), expected)
+    assert len(calls) == len(set(calls)) > 2
+    # A picture's gradient is that of the plain call; the weights' is not asked for.
+    both = []
+    for one in (cond, told):
+        seen = x.clone().requires_grad_(True)
+        both += torch.autograd.grad(model(seen, t, one).sum(), seen)
+    assert torch.equal(*both)
+    with pytest.raises(ValueError, match=r"Cond.text was given, but Cond.memory is there"):
+        model(x, t, replace(told, text=torch.zeros(3, 6, 16)))
+
+
 @pytest.mark.parametrize("stage", [{}, UPSAMPLER, {"cond_text": False}])
 @pytest.mark.parametrize("drop", [None, [True, False, False]])
 @pytest.mark.parametrize("layout", ["adm", "efficient"])
@@ -150,7 +179,7 @@ def test_without_text_there_are_no_text_modules(small: Small, inputs: Inputs) ->
     assert model.text_encoder is None
     assert {name.split(".")[0] for name in model.state_dict()} == {"unet"}
     assert model(x, t, Cond()).shape == (3, 6, 16, 16)
-    assert model.encode(Cond()) == Cond()
+    assert model.encode(Cond()) == model.remember(Cond()) == Cond()
 
 
 def test_the_noise_level_need_not_be_told(small: Small, inputs: Inputs) -> None:
@@ -170,6 +199,11 @@ def test_the_noise_level_need_not_be_told(small: Small, inputs: Inputs) -> None:
         ({}, {"aug_level": torch.zeros(3)}, "Cond.aug_level was given"),
         (UPSAMPLER, {}, "Cond.low_res is missing"),
         ({"cond_text": False}, {}, "Cond.tokens was given, but cond_text is False"),
+        (
+            {"cond_text": False},
+            {"tokens": None, "mask": None, "memory": MEMORY},
+            "Cond.memory was given, but cond_text is False",
+        ),
     ],
 )
 def test_missing_and_needless_fields_are_named(
