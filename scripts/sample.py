@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from diff_dalle.cascade import Cascade
 from diff_dalle.cascade.consistency import describe_consistency
-from diff_dalle.cascade.share import draw_share, manifest_of, open_writer, request_of
+from diff_dalle.cascade.share import draw_share, load_cascade, manifest_of, open_writer, request_of
+from diff_dalle.cascade.timing import Timing
 from diff_dalle.config import parse_sample_run
 from diff_dalle.distributed import (
     all_gather_objects,
@@ -21,9 +21,8 @@ from diff_dalle.sampling_io.outputs import make_output_folder, publish
 def sample(argv: list[str]) -> None:
     run = parse_sample_run(argv)
     cfg = run.sample
-    world = start(cfg.device, timeout_s=7 * 86400)  # ranks meet when the slowest has drawn
-    precision = cfg.resolved_precision
-    cascade = Cascade.load(cfg.model_path, cfg.classifier_path, world.device, precision, warn=False)
+    world = start(cfg.device[0], timeout_s=7 * 86400)  # ranks meet when the slowest has drawn
+    cascade = load_cascade(cfg, world.device, world.size)
     check_stated(run.stated, cascade.models)
     request = request_of(cascade, cfg)
     plan = cascade.plan(cfg, request.low_res, request.contrast_texts, request.edits)
@@ -39,16 +38,17 @@ def sample(argv: list[str]) -> None:
             notes.append(plan.describe_cost(cascade.sizes))
             print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
         with writer.session(world.rank):
-            share = draw_share(
-                cascade, plan, request, writer, cfg, rank=world.rank, ranks=world.size
-            )
-            kept = [writer.kept, *all_gather_objects(share, world)]
+            rank, ranks = world.rank, world.size
+            mine = draw_share(cascade, plan, request, writer, cfg, rank=rank, ranks=ranks)
+            shares = all_gather_objects(mine, world)
             if world.is_main:
-                manifest = manifest_of(cascade, plan, request, cfg, writer, kept)
+                kept = [writer.kept, *(share.kept for share in shares)]
+                timing = Timing.total([share.timing for share in shares])
+                manifest = manifest_of(cascade, plan, request, cfg, writer, kept, timing)
                 png, side = cfg.save_png, cfg.grid_size
                 told = describe_consistency(manifest["images"], cascade.sizes)
                 files = publish(writer, request.texts, manifest, grid_size=side, png=png)
-                print(*told, *files, sep="\n")
+                print(*timing.describe(cascade.sizes), *told, *files, sep="\n")
     stop(world)
 
 

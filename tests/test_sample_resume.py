@@ -135,7 +135,7 @@ def test_what_decides_the_pictures_decides_the_folder(
     small = change.pop("low_res", 0)
 
     def work(small: int, **settings: Any) -> Path:
-        cfg = share.SampleConfig(**({"prompts": ["a"], "device": "cpu"} | settings))
+        cfg = share.SampleConfig(**({"prompts": ["a"], "device": ["cpu"]} | settings))
         request = share.request_of(cascade, cfg)
         request = replace(request, low_res=np.full((1, 2, 2, 3), small, np.uint8))
         writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request, cfg)
@@ -154,8 +154,33 @@ def test_shares_of_more_ranks_than_pictures(folder: Path, tmp_path: Path) -> Non
     writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
     kept: dict[int, int] = {}
     for rank in range(5):
-        kept |= share.draw_share(cascade, plan, request, writer, cfg, rank=rank, ranks=5)
+        kept |= share.draw_share(cascade, plan, request, writer, cfg, rank=rank, ranks=5).kept
     publish(writer, PROMPTS, {}, grid_size=64)
     assert kept == {0: 0, 1: 0, 2: 0}
     expected = cascade.sample(PROMPTS, steps=2, batch_size=1).stages[0]
     np.testing.assert_array_equal(read_pictures(tmp_path / "samples_3x16x16x3.npz"), expected)
+
+
+def test_the_manifest_times_what_this_call_drew(
+    folder: Path, tmp_path: Path, sample: Sample, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two of three pictures are there from an interrupted run, which was not off-loaded."""
+    cascade = Cascade.load(str(folder))
+    cfg = share.SampleConfig(model_path=[str(folder)], prompts=PROMPTS, steps=["2"])
+    request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
+    writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
+    first = share.draw_share(cascade, plan, request, writer, cfg, rank=0, ranks=2)
+    assert writer.lock is not None
+    writer.lock.close()
+    assert first.timing.images == 1
+    argv = ["--model_path", str(folder), "--prompts", *PROMPTS, "--steps", "2"]
+    argv += ["--device", "cpu", "cpu:0", "cpu", "--offload", "--log_dir", str(tmp_path)]
+    sample(argv)
+    (manifest,) = tmp_path.glob("*.json")
+    facts = json.loads(manifest.read_text())
+    assert facts["offload"] is True and facts["device"] == "cpu"
+    assert facts["timing"]["images"] == 2 and all(
+        s > 0 for s in facts["timing"]["seconds_per_image"]
+    )
+    (line,) = [text for text in capsys.readouterr().out.splitlines() if "a picture (" in text]
+    assert line.startswith("16 px ") and line.endswith(" s a picture (2 drawn)")

@@ -13,21 +13,27 @@ from PIL import Image
 from torch import Tensor
 
 from diff_dalle.cascade.cut import describe_cut
+from diff_dalle.cascade.devices import Devices, choose_precisions, device_notes, find_devices
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.edits import NO_EDITS, Edit, Edits
-from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts
+from diff_dalle.cascade.inputs import (
+    Request,
+    as_enlarged,
+    check_small_pictures,
+    request_texts,
+)
+from diff_dalle.cascade.offload import Residence
 from diff_dalle.cascade.plan import Plan, make_plan
 from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
 from diff_dalle.cascade.stages import Stage, StrPath, as_paths, load_stages
-from diff_dalle.errors import UsageError
+from diff_dalle.cascade.turns import Turns
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
-from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts
+from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, in_short
 from diff_dalle.sampling_io.previews import iterate
 from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
-from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.stage import shrink, to_uint8
+from diff_dalle.training.stage import to_uint8
 
 
 class Cascade:
@@ -35,23 +41,17 @@ class Cascade:
 
     Attributes:
         stages: from the smallest picture to the largest.
-        device: where they are.
-        precision: what the generators compute in, after ``auto``; CLIPs compute in fp32.
+        precision: what the generators compute in, after ``auto``, or one entry a stage with
+            commas between; CLIPs compute in fp32.
         notes: lines to tell the user about what was decided for them.
     """
 
-    def __init__(self, stages: Sequence[Stage], device: torch.device, precision: str) -> None:
+    def __init__(self, stages: Sequence[Stage], precision: str, *, offload: bool = False) -> None:
         self.stages = list(stages)
-        self.device = device
-        # fp16 is emulated on a CPU, and few CPUs are faster in bf16.
-        on_cpu = device.type == "cpu"
-        self._precision = Precision(
-            PrecisionConfig(precision="fp32" if on_cpu else precision), device
-        )
-        self.precision = self._precision.name
-        self.notes: list[str] = []
-        if on_cpu and precision not in (AUTO, "fp32"):
-            self.notes.append(f"sampling in fp32: a CPU is slower in {precision}")
+        self._precisions = choose_precisions(self.devices, precision)
+        self._residence = Residence(offload=offload)
+        self.precision = in_short([one.name for one in self._precisions])
+        self.notes = device_notes(self.devices, precision, offload=offload)
         self.notes += [note for stage in self.stages for note in stage.notes()]
 
     @classmethod
@@ -59,9 +59,10 @@ class Cascade:
         cls,
         paths: StrPath | Sequence[StrPath],
         classifier: StrPath | Sequence[StrPath] | None = None,
-        device: str | torch.device = AUTO,
+        device: Devices = AUTO,
         precision: str = AUTO,
         *,
+        offload: bool = False,
         warn: bool = True,
     ) -> Cascade:
         """A cascade from checkpoints; no argument repeats what they were trained with.
@@ -70,21 +71,19 @@ class Cascade:
             paths: checkpoints from the smallest picture to the largest, or a folder of them.
             classifier: noised CLIPs, one a stage (``"none"`` for no CLIP), or one for the stage
                 of its own size, or a folder of them.
-            device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``.
+            device: ``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``; or one a
+                stage, of which a CLIP shares its stage's.
             precision: ``fp32``, ``fp16``, ``bf16`` or ``auto``; a CPU samples in fp32.
+            offload: weights wait on the CPU and come to their device for their stage's turn:
+                a device holds one stage at a time, and none between calls.
             warn: of every note; False leaves it to the caller to tell them.
         Raises:
             UsageError: a path that is no checkpoint or of the wrong kind, stages out of order,
-                or sizes that do not fit.
+                sizes that do not fit, or a device that is not there.
         """
-        if device == AUTO:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            device = torch.device(device)
-        except RuntimeError as problem:
-            raise UsageError(f"--device is {device!r}: give auto, cpu or cuda") from problem
-        stages = load_stages(as_paths(paths), as_paths(classifier or []), device)
-        cascade = cls(stages, device, precision)
+        devices = find_devices(device)
+        stages = load_stages(as_paths(paths), as_paths(classifier or []), devices, offload=offload)
+        cascade = cls(stages, precision, offload=offload)
         for note in cascade.notes if warn else ():
             warnings.warn(note, stacklevel=2)
         return cascade
@@ -93,6 +92,11 @@ class Cascade:
     def sizes(self) -> list[int]:
         """Picture sizes of the stages in pixels."""
         return [stage.image_size for stage in self.stages]
+
+    @property
+    def devices(self) -> list[torch.device]:
+        """Where the stages sample."""
+        return [stage.device for stage in self.stages]
 
     @property
     def models(self) -> list[LoadedGenerator | LoadedClassifier]:
@@ -314,21 +318,22 @@ class Cascade:
                 from ``low_res[i % M]``.
             on_step: as in `draw`.
         """
-        for start in range(0, len(indices), batch_size):
-            batch = indices[start : start + batch_size]
-            small = None
-            if low_res is not None:
-                small = low_res[[index % len(low_res) for index in batch]]
-            negative = [negative_prompts[index] for index in batch] if negative_prompts else ()
-            result = self.draw(
-                plan,
-                batch,
-                [prompts[index] for index in batch],
-                negative_prompts=negative,
-                low_res=small,
-                on_step=on_step,
-            )
-            yield batch, result
+        with self._residence:
+            for start in range(0, len(indices), batch_size):
+                batch = indices[start : start + batch_size]
+                small = None
+                if low_res is not None:
+                    small = low_res[[index % len(low_res) for index in batch]]
+                negative = [negative_prompts[index] for index in batch] if negative_prompts else ()
+                result = self.draw(
+                    plan,
+                    batch,
+                    [prompts[index] for index in batch],
+                    negative_prompts=negative,
+                    low_res=small,
+                    on_step=on_step,
+                )
+                yield batch, result
 
     def draw(
         self,
@@ -351,28 +356,31 @@ class Cascade:
             on_step: told of every step, of rejected candidates too.
         """
         drawing = Drawing(
-            stages=self.stages,
+            turns=Turns(self.stages, self._residence),
             plan=plan,
-            precision=self._precision,
+            precisions=self._precisions,
             indices=indices,
             prompts=prompts,
             negative_prompts=negative_prompts,
             on_step=on_step,
         )
         start = None if low_res is None else self._start(low_res)
-        pictures, candidates = drawing.draw(start)
-        stages = [to_pictures(picture) for picture in pictures]
-        small = None if start is None else to_pictures(start)
-        return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=small)
+        with self._residence:
+            pictures, candidates = drawing.draw(start)
+        return CascadeResult(
+            stages=[to_pictures(picture) for picture in pictures],
+            candidates=candidates.tolist(),
+            low_res=None if start is None else to_pictures(start),
+            seconds=drawing.turns.seconds,
+            evaluations=plan.evaluations,
+        )
 
     def enlarged(self, low_res: Pictures) -> Pictures:
         """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
         return to_pictures(self._start(low_res))
 
     def _start(self, low_res: Pictures) -> Tensor:
-        """`enlarged` as uint8 [N,3,h,w] on the device."""
-        small = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [N,3,h,w]
-        return shrink(small, self.stages[0].small_size)
+        return as_enlarged(low_res, self.stages[0].small_size, self.stages[0].device)
 
     def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
         """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from diff_dalle.cascade.plan import Plan, StagePlan
 from diff_dalle.cascade.stages import Guide, Stage
+from diff_dalle.cascade.turns import Turns
 from diff_dalle.diffusion import guidance
 from diff_dalle.diffusion.clip_guidance import (
     LogProbability,
@@ -39,18 +40,18 @@ class Drawing:
     """What is drawn together, and with what.
 
     Attributes:
-        stages: the cascade.
-        plan: how it is sampled.
-        precision: what the generators compute in.
+        turns: the stages, and the seconds that they take.
+        plan: how they are sampled.
+        precisions: what the generators compute in, one a stage.
         indices: the numbers of the B pictures; with the seed they decide the noise.
         prompts: B captions.
         negative_prompts: B captions to lead away from, blank for none; or no entry at all.
         on_step: told of every step, of rejected candidates too.
     """
 
-    stages: Sequence[Stage]
+    turns: Turns
     plan: Plan
-    precision: Precision
+    precisions: Sequence[Precision]
     indices: Sequence[int]
     prompts: Sequence[str]
     negative_prompts: Sequence[str] = ()
@@ -63,44 +64,42 @@ class Drawing:
             low_res: uint8 [B,3,h,w] where the first stage is an upsampler, of the size that it
                 enlarges.
         Returns:
-            uint8 [B,3,H,W] for each stage, and the candidates that were kept, int64 [B].
+            uint8 [B,3,H,W] for each stage, on its device, and the candidates that were kept,
+            int64 [B].
         """
-        count, first = len(self.stages), self.plan.rerank_stage + 1
-        if self.plan.rerank == 1:
-            none = torch.zeros(len(self.prompts), dtype=torch.int64)
-            return self._through(range(count), low_res, candidate=0), none
-        pictures, candidates = self._best_of(range(first), low_res)
-        return pictures + self._through(range(first, count), pictures[-1], candidate=0), candidates
+        first = 0 if self.plan.rerank == 1 else self.plan.rerank_stage + 1
+        pictures: list[Tensor] = []
+        kept = torch.zeros(len(self.prompts), dtype=torch.int64)
+        if first:
+            pictures, kept = self._best_of(range(first), low_res)
+            low_res = pictures[-1]
+        for number in range(first, len(self.turns.stages)):
+            with self.turns.of(number):
+                low_res = self._stage(number, low_res, candidate=0)
+            pictures.append(low_res)
+        return pictures, kept
 
     def _best_of(self, numbers: range, low_res: Tensor | None) -> tuple[list[Tensor], Tensor]:
-        """Pictures of the first stages that the CLIP of the last of them likes best."""
-        pictures = self._through(numbers, low_res, candidate=0)
-        best = self._similarity(numbers[-1], pictures[-1])  # [B]
-        kept = torch.zeros_like(best, dtype=torch.int64)
-        for candidate in range(1, self.plan.rerank):
-            others = self._through(numbers, low_res, candidate=candidate)
-            similarity = self._similarity(numbers[-1], others[-1])
-            better = similarity > best  # [B]
-            best = torch.where(better, similarity, best)
-            kept = torch.where(better, candidate, kept)
-            pictures = [
-                torch.where(better[:, None, None, None], new, old)
-                for new, old in zip(others, pictures, strict=True)
-            ]
-        return pictures, kept.cpu()
+        """Pictures of the first stages that the CLIP of the last of them likes best.
 
-    def _through(self, numbers: range, picture: Tensor | None, *, candidate: int) -> list[Tensor]:
-        """Consecutive stages, each enlarging the uint8 picture of the one before."""
-        pictures = []
+        A stage draws all candidates in one turn, so that off-loading moves it once.
+        """
+        small = [low_res] * self.plan.rerank
+        drawn: list[Tensor] = []  # [R,B,3,H,W] a stage, R candidates
         for number in numbers:
-            picture = self._stage(number, picture, candidate)
-            pictures.append(picture)
-        return pictures
+            with self.turns.of(number):
+                made = [self._stage(number, one, candidate=n) for n, one in enumerate(small)]
+            small = [*made]
+            drawn.append(torch.stack(made))
+        with self.turns.of(numbers[-1]):
+            likings = [self._similarity(numbers[-1], pictures) for pictures in drawn[-1]]
+            kept = torch.stack(likings).argmax(dim=0).cpu()  # [B]; the first of equals
+        return [stage[kept, torch.arange(len(kept))] for stage in drawn], kept
 
     def _stage(self, number: int, small: Tensor | None, candidate: int) -> Tensor:
         """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out."""
-        stage, plan = self.stages[number], self.plan.stages[number]
-        size, device = stage.image_size, next(stage.loaded.generator.parameters()).device
+        stage, plan = self.turns.stages[number], self.plan.stages[number]
+        size, device = stage.image_size, stage.device
         edits = self.plan.edits
         done = 0
 
@@ -111,15 +110,15 @@ class Drawing:
             if self.on_step is not None and done < plan.steps:
                 self.on_step(number, done, x_0)
 
-        with self.precision.autocast():
+        with self.precisions[number].autocast():
             picture = sample_stage(
                 stage.loaded.generator,
                 stage.loaded.diffusion,
-                self._condition(stage, small, device),
+                self._condition(stage, small),
                 edits.keys(self.plan.seed, self.indices, candidate, size).to(device),
                 image_size=size,
                 settings=plan.settings,
-                negative=self._negative(stage, device),
+                negative=self._negative(stage),
                 guide=self._guide(stage, plan),
                 callback=callback,
                 edit=edits.of_stage(stage, self.indices, candidate, device),
@@ -128,22 +127,26 @@ class Drawing:
             self.on_step(number, plan.steps, from_uint8(picture))
         return picture
 
-    def _condition(self, stage: Stage, small: Tensor | None, device: torch.device) -> Cond:
+    def _condition(self, stage: Stage, small: Tensor | None) -> Cond:
         """Tokens of the stage's own tokenizer, and the picture of the stage before."""
-        tokens = mask = None
+        tokens = mask = low_res = None
         if stage.tokenizer is not None:
             tokens, mask = stage.tokenizer.encode(self.prompts, stage.text_length)  # [B,L] each
-            tokens, mask = tokens.to(device), mask.to(device)
-        return Cond(tokens=tokens, mask=mask, low_res=None if small is None else from_uint8(small))
+            tokens, mask = tokens.to(stage.device), mask.to(stage.device)
+        if small is not None:
+            low_res = from_uint8(small.to(stage.device))  # a byte a value crosses, not four
+        return Cond(tokens=tokens, mask=mask, low_res=low_res)
 
-    def _negative(self, stage: Stage, device: torch.device) -> Cond | None:
+    def _negative(self, stage: Stage) -> Cond | None:
         """What takes the null caption's place; it stays where the negative prompt is blank."""
         if stage.tokenizer is None or not any(self.negative_prompts):
             return None
         tokens, mask = stage.tokenizer.encode(self.negative_prompts, stage.text_length)
         blank = [not text.strip() for text in self.negative_prompts]
         return Cond(
-            tokens=tokens.to(device), mask=mask.to(device), drop=torch.tensor(blank, device=device)
+            tokens=tokens.to(stage.device),
+            mask=mask.to(stage.device),
+            drop=torch.tensor(blank, device=stage.device),
         )
 
     def _guide(self, stage: Stage, plan: StagePlan) -> guidance.Guide | None:
@@ -183,7 +186,7 @@ class Drawing:
     @torch.no_grad()
     def _similarity(self, number: int, picture: Tensor) -> Tensor:
         """Cosine [B] between prompts and uint8 pictures [B,3,H,W], at the CLIP's step 0."""
-        guide = self.stages[number].guide
+        guide = self.turns.stages[number].guide
         assert guide is not None
         start = torch.zeros(len(picture), dtype=torch.int64, device=picture.device)
         time = guide.loaded.diffusion.model_time(start)

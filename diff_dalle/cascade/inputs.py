@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from diff_dalle.cascade.contrast import read_contrast
 from diff_dalle.cascade.edits import NO_EDITS, Edits, fit_prompts, make_edits
@@ -23,6 +24,7 @@ from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import manifest_beside
 from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts, spread_negative
 from diff_dalle.sampling_io.store import Pictures, map_pictures
+from diff_dalle.training.stage import shrink
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +193,12 @@ def check_small_pictures(low_res: Pictures, small: int, path: str) -> None:
             f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} "
             f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
         )
+
+
+def as_enlarged(low_res: Pictures, size: int, device: torch.device) -> Tensor:
+    """What a stage enlarges of uint8 [N,h,w,3]: uint8 [N,3,size,size], scaled down if larger."""
+    small = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,h,w]
+    return shrink(small, size)
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:

@@ -86,6 +86,11 @@ class Plan:
         """Network steps that one picture takes, over all stages and candidates."""
         return sum(self.candidates(n) * part.steps for n, part in enumerate(self.stages))
 
+    @property
+    def evaluations(self) -> list[int]:
+        """Of each stage's network for one picture, over all candidates."""
+        return [self.candidates(n) * part.evaluations for n, part in enumerate(self.stages)]
+
     def candidates(self, number: int) -> int:
         """How often a stage is drawn for one picture."""
         return self.rerank if number <= self.rerank_stage else 1

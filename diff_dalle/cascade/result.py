@@ -6,7 +6,7 @@ N pictures, H W pixels, h w pixels of the stage before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -24,11 +24,15 @@ class CascadeResult:
         stages: uint8 [N,H,W,3] for each stage, smallest first.
         candidates: for each prompt the number of the candidate that was kept; 0 without rerank.
         low_res: uint8 [N,h,w,3], what the first stage enlarged; None for a base model.
+        seconds: that each stage took for all N, their candidates too.
+        evaluations: of each stage's network for one picture, its candidates too.
     """
 
     stages: list[Pictures]
     candidates: list[int]
     low_res: Pictures | None = None
+    seconds: list[float] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
 
     @classmethod
     def join(cls, results: Sequence[CascadeResult]) -> CascadeResult:
@@ -41,6 +45,10 @@ class CascadeResult:
             ],
             candidates=[candidate for result in results for candidate in result.candidates],
             low_res=np.concatenate(small) if small else None,
+            seconds=[
+                sum(stage) for stage in zip(*(result.seconds for result in results), strict=True)
+            ],
+            evaluations=results[0].evaluations,
         )
 
     @property

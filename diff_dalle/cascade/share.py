@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,45 @@ import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
 from diff_dalle.cascade.consistency import measure_stages
 from diff_dalle.cascade.cut import describe_cut
+from diff_dalle.cascade.devices import devices_of_rank
 from diff_dalle.cascade.init_images import read_given
 from diff_dalle.cascade.inputs import Reader, Request, read_request
 from diff_dalle.cascade.plan import Plan
-from diff_dalle.sampling_io.config import SampleConfig
+from diff_dalle.cascade.timing import Timing
+from diff_dalle.sampling_io.config import SampleConfig, in_short
 from diff_dalle.sampling_io.writer import OutputWriter
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank drew.
+
+    Attributes:
+        kept: for each picture, the candidate that was kept.
+        timing: of these pictures.
+    """
+
+    kept: dict[int, int]
+    timing: Timing
+
+
+def load_cascade(cfg: SampleConfig, own: torch.device, ranks: int) -> Cascade:
+    """The cascade that the flags name, for one of ``ranks`` processes, whose device is ``own``.
+
+    Its notes are not told yet.
+
+    Raises:
+        UsageError: as `Cascade.load`, or devices for the stages but several processes.
+    """
+    devices = devices_of_rank(cfg.device, own, ranks)
+    return Cascade.load(
+        cfg.model_path,
+        cfg.classifier_path,
+        devices,
+        cfg.resolved_precision,
+        offload=cfg.offload,
+        warn=False,
+    )
 
 
 def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
@@ -70,16 +104,14 @@ def draw_share(
     *,
     rank: int,
     ranks: int,
-) -> dict[int, int]:
+) -> Share:
     """Draw and store this rank's share of the missing pictures.
 
     Rank 0 shows its own progress in network steps.
-
-    Returns:
-        The candidate that was kept for each picture that was drawn.
     """
     mine = writer.share(rank, ranks)
     kept: dict[int, int] = {}
+    timings = [Timing(images=0, seconds=(0.0,) * len(cascade.stages))]
     with tqdm(total=len(mine) * plan.steps, unit="step", disable=rank > 0) as bar:
 
         def on_step(stage: int, step: int, x_0: Tensor) -> None:
@@ -97,7 +129,8 @@ def draw_share(
         ):
             writer.write(indices, result.stages, result.candidates, rank=rank)
             kept |= dict(zip(indices, result.candidates, strict=True))
-    return kept
+            timings.append(Timing(images=len(indices), seconds=tuple(result.seconds)))
+    return Share(kept, Timing.total(timings))
 
 
 def manifest_of(
@@ -107,6 +140,7 @@ def manifest_of(
     cfg: SampleConfig,
     writer: OutputWriter,
     kept: Sequence[Mapping[int, int]],
+    timing: Timing,
 ) -> dict[str, Any]:
     """What JSON says of a finished run: enough to draw every picture again.
 
@@ -117,6 +151,7 @@ def manifest_of(
         cfg: the flags.
         writer: holds all pictures.
         kept: tables that say of every index, in one of them, which candidate was kept.
+        timing: of what this call drew.
     """
     candidates = {index: candidate for table in kept for index, candidate in table.items()}
     images: list[dict[str, Any]] = [
@@ -130,6 +165,8 @@ def manifest_of(
     return {
         **_facts(cascade, plan, cfg),
         "batch_size": cfg.batch_size,
+        "offload": cfg.offload,
+        "timing": timing.to_json(),
         "notes": [*cascade.notes, *request.notes],
         "images": images,
     }
@@ -157,7 +194,7 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
         drawn = plan.candidates(number)
         counts = {
             "steps": part.steps,
-            "evaluations": drawn * part.evaluations,
+            "evaluations": plan.evaluations[number],
             "classifier_evaluations": drawn * part.classifier_evaluations,
         }
         stages.append(
@@ -167,7 +204,7 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
     return {
         "diff_dalle": diff_dalle.__version__,
         "torch": torch.__version__,
-        "device": cascade.device.type,
+        "device": in_short([device.type for device in cascade.devices]),
         "precision": cascade.precision,
         "seed": plan.seed,
         "rerank": plan.rerank,

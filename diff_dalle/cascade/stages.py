@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator, load_classifier, load_generator
 from diff_dalle.sampling_io.config import per_stage, split_paths
 from diff_dalle.sampling_io.find import expand_paths
-from diff_dalle.training.checkpoint_file import read_kind
+from diff_dalle.training.checkpoint_file import read_header, read_kind
 
 StrPath = str | os.PathLike[str]
 NO_CLASSIFIER = "none"
@@ -42,11 +43,19 @@ class Guide:
 
 @dataclass(frozen=True)
 class Stage:
-    """One generator, the file it came from, and the noised CLIP that may guide it."""
+    """One generator, the file it came from, and the noised CLIP that may guide it.
+
+    Attributes:
+        path: the file.
+        loaded: the generator.
+        guide: the CLIP, on the same device.
+        device: where both sample; with off-loading they wait on the CPU.
+    """
 
     path: str
     loaded: LoadedGenerator
     guide: Guide | None = None
+    device: torch.device = torch.device("cpu")
 
     @property
     def image_size(self) -> int:
@@ -72,6 +81,12 @@ class Stage:
     def tokenizer(self) -> Tokenizer | None:
         """What turns captions into its tokens; None where it reads none."""
         return self.loaded.tokenizer if self.reads_text else None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The networks that take part in its turn."""
+        clips = [] if self.guide is None else [self.guide.loaded.clip]
+        return [self.loaded.generator, *clips]
 
     def notes(self) -> list[str]:
         """What the user should know of the checkpoint."""
@@ -100,7 +115,11 @@ def as_paths(value: StrPath | Sequence[StrPath]) -> list[str]:
 
 
 def load_stages(
-    paths: Sequence[str], classifiers: Sequence[str], device: torch.device
+    paths: Sequence[str],
+    classifiers: Sequence[str],
+    devices: Sequence[torch.device],
+    *,
+    offload: bool = False,
 ) -> list[Stage]:
     """The stages from the smallest picture to the largest, each with its noised CLIP.
 
@@ -108,23 +127,31 @@ def load_stages(
         paths: checkpoint files in that order, or a folder that holds them (any order).
         classifiers: one entry a stage (``none`` for no CLIP); or one file or folder, each CLIP
             of which guides the stage of its own size; or nothing.
-        device: where the weights go.
+        devices: where the weights go, one device a stage or one for all.
+        offload: they wait on the CPU instead.
     Raises:
         UsageError: nothing to load, a file that is no checkpoint or of the wrong kind, stages
-            out of order, or sizes that do not fit.
+            out of order, sizes that do not fit, or another number of devices than of stages.
     """
     files = expand_paths(paths, "generator", read_kind, "model_path")
     if not files:
         raise UsageError("--model_path is missing: name checkpoints or a folder that holds them")
-    stages = [Stage(path, load_generator(path, device)) for path in files]
+    if any(Path(path).is_dir() for path in paths):  # a folder names its files in no order
+        files.sort(key=lambda path: read_header(path).config["image_size"])
+    places = per_stage(devices, len(files), "device")
+    stages = [
+        Stage(path, load_generator(path, "cpu" if offload else device), device=device)
+        for path, device in zip(files, places, strict=True)
+    ]
     for stage in stages:
         if stage.reads_text and stage.loaded.tokenizer is None:
             raise UsageError(f"--model_path {stage.path} reads captions but has no tokenizer")
-    if any(Path(path).is_dir() for path in paths):  # a folder names its files in no order
-        stages.sort(key=lambda stage: stage.image_size)
     for before, after in zip(stages, stages[1:], strict=False):
         _check_pair(before, after)
-    guides = _load_guides(classifiers, stages, device)
+    guides = _load_guides(classifiers, stages)
+    for stage, guide in zip(stages, guides, strict=True):
+        if guide is not None and not offload:
+            guide.loaded.clip.to(stage.device)
     return [replace(stage, guide=guide) for stage, guide in zip(stages, guides, strict=True)]
 
 
@@ -143,28 +170,26 @@ def _check_pair(before: Stage, after: Stage) -> None:
         )
 
 
-def _load_guides(
-    classifiers: Sequence[str], stages: Sequence[Stage], device: torch.device
-) -> list[Guide | None]:
-    """One CLIP, or none, a stage."""
+def _load_guides(classifiers: Sequence[str], stages: Sequence[Stage]) -> list[Guide | None]:
+    """One CLIP, or none, a stage; on the CPU."""
     entries = split_paths(classifiers, lambda path: Path(path).exists())
     if not entries or entries == [NO_CLASSIFIER]:
         return [None] * len(stages)
     if len(entries) == 1:
-        return _spread(entries[0], stages, device)
+        return _spread(entries[0], stages)
     guides: list[Guide | None] = []
     for entry, stage in zip(
         per_stage(entries, len(stages), "classifier_path"), stages, strict=True
     ):
-        guides += [None] if entry == NO_CLASSIFIER else _spread(entry, [stage], device)
+        guides += [None] if entry == NO_CLASSIFIER else _spread(entry, [stage])
     return guides
 
 
-def _spread(entry: str, stages: Sequence[Stage], device: torch.device) -> list[Guide | None]:
+def _spread(entry: str, stages: Sequence[Stage]) -> list[Guide | None]:
     """Each CLIP of a file or folder beside the stage of its own size."""
     guides: dict[int, Guide] = {}
     for path in expand_paths([entry], "classifier", read_kind, "classifier_path"):
-        guide = Guide(path, load_classifier(path, device))
+        guide = Guide(path, load_classifier(path))
         if guide.image_size in guides:
             raise UsageError(
                 f"--classifier_path {entry} holds two CLIPs of {guide.image_size} px, "

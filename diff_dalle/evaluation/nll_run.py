@@ -212,7 +212,7 @@ def _load(cfg: NllConfig, device: torch.device) -> Stage:
             f"--model_path {files[0]} holds a classifier, which gives pictures no likelihood: "
             "name a generator"
         )
-    (stage,) = load_stages(files, [], device)
+    (stage,) = load_stages(files, [], [device])
     noised = cfg.aug_level > 0 and not stage.small_size
     require(not noised, "aug_level", cfg.aug_level, "be left out: this generator enlarges nothing")
     return stage

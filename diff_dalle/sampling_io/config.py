@@ -98,7 +98,10 @@ class SampleConfig(EditConfig):
     log_dir: str | None = knob(
         None, "folder for the results (default: $OPENAI_LOGDIR, else a new temporary folder)"
     )
-    device: str = knob(AUTO, "auto, cpu or cuda")
+    device: list[str] = knob([AUTO], "auto, cpu, cuda or cuda:1, one a stage or one for all")
+    offload: bool = knob(
+        False, "weights wait on the CPU, a device holds one stage at a time: less memory, slower"
+    )
     precision: str = knob(AUTO, "fp32, fp16, bf16 or auto; a CPU samples in fp32")
     use_fp16: bool = knob(False, "the same as --precision fp16")
 
@@ -204,6 +207,15 @@ def per_stage(values: Sequence[Value], stages: int, name: str) -> list[Value]:
             f"{'stage' if stages == 1 else 'stages'}: give one a stage, or one for all"
         )
     return list(values) * (stages if len(values) == 1 else 1)
+
+
+def in_short(values: Sequence[str]) -> str:
+    """One value where all stages have the same, else one a stage.
+
+    >>> in_short(["cuda", "cuda"]), in_short(["bf16", "fp32"])
+    ('cuda', 'bf16, fp32')
+    """
+    return values[0] if len(set(values)) == 1 else ", ".join(values)
 
 
 def split_paths(paths: Sequence[str], exists: Callable[[str], bool]) -> list[str]:

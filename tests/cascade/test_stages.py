@@ -126,7 +126,9 @@ def test_the_weights_of_a_generator_are_cast_once_not_at_every_step(
 ) -> None:
     """Under autocast, with guidance of both kinds; no gradient reaches the generator."""
     monkeypatch.setattr(
-        guided_base, "_precision", Precision(PrecisionConfig(precision="bf16"), torch.device("cpu"))
+        guided_base,
+        "_precisions",
+        [Precision(PrecisionConfig(precision="bf16"), torch.device("cpu"))],
     )
     generator = guided_base.stages[0].loaded.generator
     weights = {weight.data_ptr() for weight in generator.parameters() if weight.ndim > 1}
