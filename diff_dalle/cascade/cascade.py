@@ -16,12 +16,7 @@ from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.devices import Devices, choose_precisions, device_notes, find_devices
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.edits import NO_EDITS, Edit, Edits
-from diff_dalle.cascade.inputs import (
-    Request,
-    as_enlarged,
-    check_small_pictures,
-    request_texts,
-)
+from diff_dalle.cascade.inputs import Request, as_enlarged, check_small_pictures, request_texts
 from diff_dalle.cascade.offload import Residence
 from diff_dalle.cascade.plan import Plan, make_plan
 from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
