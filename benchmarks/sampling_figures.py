@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diff_dalle import Cascade
+from diff_dalle.cascade import Edit
+from diff_dalle.data.captions import one_object_captions
 
 Pictures = NDArray[np.uint8]
 
@@ -134,12 +136,73 @@ def negative(models: Models) -> Grid:
     return Grid(["orange star,\ngrey background"], [f"not: {t or '-'}" for t in prompts], cells)
 
 
+def given_scene() -> Pictures:
+    """The picture that is edited: a demo scene at 256 px."""
+    ((_, scene),) = one_object_captions(1, seed=7, held_out=True)
+    picture: Pictures = scene.draw(256)
+    return picture
+
+
+def inpainting(models: Models) -> Grid:
+    given, mask = given_scene(), np.zeros((256, 256), np.uint8)
+    mask[128:, :] = 255  # the lower half
+    guided = {"guidance_scale": ["4", "1"], "guidance_interval": ["1,5", "all"]}
+    cells = []
+    for caption in CAPTIONS:
+        edit = Edit(init_images=given, masks=mask)
+        drawn = [
+            models.upsampled.sample([caption], seed=seed, edit=edit, **guided).stages[-1][0]
+            for seed in (0, 1, 2)
+        ]
+        cells.append([given, np.repeat(mask[..., None], 3, 2), *drawn])
+    return Grid(["orange star", "blue circle"], ["given", "mask", "seed 0", "1", "2"], cells)
+
+
+def image_to_image(models: Models) -> Grid:
+    given, shares = given_scene(), (0.3, 0.5, 0.7, 0.9)
+    cells = [
+        [given]
+        + [
+            one(models.upsampled, caption, edit=Edit(init_images=given, strength=share))
+            for share in shares
+        ]
+        for caption in CAPTIONS
+    ]
+    columns = ["given", *(f"strength {share}" for share in shares)]
+    return Grid(["orange star", "blue circle"], columns, cells)
+
+
+def variations(models: Models) -> Grid:
+    given, shares = given_scene(), (0.0, 0.2, 0.4, 1.0)
+    ((caption, _),) = one_object_captions(1, seed=7, held_out=True)
+    drawn = [
+        one(models.upsampled, caption, edit=Edit(init_images=given, variation=share))
+        for share in shares
+    ]
+    columns = ["given", *(f"variation {share}" for share in shares)]
+    return Grid(["its own caption"], columns, [[given, *drawn]])
+
+
+def interpolation(models: Models) -> Grid:
+    cells = []
+    for seed in (None, 8):
+        edit = Edit(interpolate_to=CAPTIONS[1], interpolate_seed=seed, frames=5)
+        result = models.upsampled.sample([CAPTIONS[0]], seed=SEED, edit=edit)
+        cells.append(list(result.stages[-1]))
+    rows = ["orange star\nto blue circle", "and to other\nnoise"]
+    return Grid(rows, [f"frame {n}" for n in range(1, 6)], cells)
+
+
 FIGURES: dict[str, Callable[[Models], Grid]] = {
     "samplers": samplers,
     "guidance": guidance,
     "clip": clip,
     "augmentation": augmentation,
     "negative": negative,
+    "inpainting": inpainting,
+    "image_to_image": image_to_image,
+    "variations": variations,
+    "interpolation": interpolation,
 }
 
 
