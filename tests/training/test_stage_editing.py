@@ -121,6 +121,9 @@ class GaussianPixels(nn.Module):
     def encode(self, cond: Cond) -> Cond:
         return cond
 
+    def remember(self, cond: Cond) -> Cond:
+        return cond
+
     def forward(self, x_t: Tensor, t: Tensor, cond: Cond) -> Tensor:
         a = PROCESS.alpha_bar[t].float().reshape(-1, 1, 1, 1)
         x_0 = a.sqrt() * 0.25 / (a * 0.25 + 1 - a) * x_t
