@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.drawing import Drawing, OnStep
-from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts
+from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts, shrunk_to
 from diff_dalle.cascade.plan import Plan, make_plan
-from diff_dalle.cascade.result import CascadeResult, Preview
+from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
 from diff_dalle.cascade.stages import Stage, load_stages
+from diff_dalle.cascade.streaming import previews
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
-from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts
-from diff_dalle.sampling_io.previews import iterate
 from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
 from diff_dalle.training.precision import Precision, PrecisionConfig
-from diff_dalle.training.stage import from_uint8, to_uint8
 
 StrPath = str | os.PathLike[str]
 
@@ -94,7 +90,7 @@ class Cascade:
 
     @property
     def sizes(self) -> list[int]:
-        """Picture sizes of the stages in pixels."""
+        """Picture sizes of the stages in pixels, as they were trained."""
         return [stage.image_size for stage in self.stages]
 
     @property
@@ -135,6 +131,10 @@ class Cascade:
         rerank: int = 1,
         batch_size: int = 4,
         low_res: Pictures | None = None,
+        size: str | int = AUTO,
+        tile_size: PerStage = 0,
+        tile_overlap: PerStage = AUTO,
+        tile_batch: int = 1,
     ) -> CascadeResult:
         """Pictures for prompts.
 
@@ -167,6 +167,10 @@ class Cascade:
             batch_size: pictures drawn at once.
             low_res: uint8 [N,h,w,3], the pictures to enlarge where the first stage is an
                 upsampler.
+            size: of the last stage's pictures, "WIDTHxHEIGHT" or one side; "auto": as trained.
+            tile_size: pixels of the tiles in which an upsampler is asked; 0: whole pictures.
+            tile_overlap: pixels that tiles share at least; "auto": a quarter of a tile.
+            tile_batch: tiles that an upsampler is asked about at once.
         Raises:
             UsageError: a setting that the stages cannot follow.
         """
@@ -193,6 +197,10 @@ class Cascade:
             aug_level=as_texts(aug_level),
             rerank=rerank,
             batch_size=batch_size,
+            size=str(size),
+            tile_size=as_texts(tile_size),
+            tile_overlap=as_texts(tile_overlap),
+            tile_batch=tile_batch,
         )
         request, plan = self._ready(prompts, cfg, low_res)
         batches = self.batches(
@@ -224,6 +232,10 @@ class Cascade:
         step_spacing: str | Sequence[str] = AUTO,
         use_ddim: bool = False,
         low_res: Pictures | None = None,
+        size: str | int = AUTO,
+        tile_size: PerStage = 0,
+        tile_overlap: PerStage = AUTO,
+        tile_batch: int = 1,
     ) -> Iterator[Preview]:
         """The pictures of `sample` on their way, step by step and stage by stage, as one batch.
 
@@ -244,19 +256,15 @@ class Cascade:
             steps=as_texts(steps),
             step_spacing=as_texts(step_spacing),
             use_ddim=use_ddim,
+            size=str(size),
+            tile_size=as_texts(tile_size),
+            tile_overlap=as_texts(tile_overlap),
+            tile_batch=tile_batch,
         )
         request, plan = self._ready(prompts, cfg, low_res)
-        threads = torch.get_num_threads()
 
-        def work(emit: Callable[[Preview], None]) -> None:
-            torch.set_num_threads(threads)  # a new thread would take every core
-
-            def on_step(stage: int, step: int, x_0: Tensor) -> None:
-                images = [Image.fromarray(picture) for picture in _to_numpy(to_uint8(x_0))]
-                total = plan.stages[stage].steps
-                emit(Preview(stage=stage, step=step, steps=total, images=images))
-
-            self.draw(
+        def draw(on_step: OnStep) -> CascadeResult:
+            return self.draw(
                 plan,
                 range(len(request.prompts)),
                 request.texts,
@@ -265,7 +273,7 @@ class Cascade:
                 on_step=on_step,
             )
 
-        return iterate(work)
+        return previews(draw, plan)
 
     def plan(
         self, cfg: SampleConfig, low_res: Pictures | None = None, contrast: Sequence[str] = ()
@@ -279,11 +287,11 @@ class Cascade:
 
         Raises:
             UsageError: a setting that the stages cannot follow, or pictures in ``low_res`` that
-                are no uint8 [N,h,w,3] as large as the first stage enlarges, or larger.
+                are no uint8 [N,h,w,3] of the shape that the first stage enlarges, or too small.
         """
         plan = make_plan(self.stages, cfg, low_res=low_res is not None, contrast=contrast)
-        if low_res is not None:
-            check_small_pictures(low_res, self.stages[0].small_size, self.stages[0].path)
+        if low_res is not None and plan.small is not None:
+            check_small_pictures(low_res, plan.small, self.stages[0].path)
         return plan
 
     def batches(
@@ -354,23 +362,13 @@ class Cascade:
             negative_prompts=negative_prompts,
             on_step=on_step,
         )
-        start = None if low_res is None else self._start(low_res)
+        start = None
+        if low_res is not None:
+            low_res = shrunk_to(low_res, plan.small, self.device)
+            start = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [B,3,h,w]
         pictures, candidates = drawing.draw(start)
-        stages = [_to_numpy(picture) for picture in pictures]
-        small = None if start is None else _to_numpy(start)
-        return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=small)
-
-    def enlarged(self, low_res: Pictures) -> Pictures:
-        """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
-        return _to_numpy(self._start(low_res))
-
-    def _start(self, low_res: Pictures) -> Tensor:
-        """`enlarged` as uint8 [N,3,h,w] on the device."""
-        small = torch.from_numpy(low_res).to(self.device).permute(0, 3, 1, 2)  # [N,3,h,w]
-        size = self.stages[0].small_size
-        if small.shape[-1] == size:
-            return small
-        return to_uint8(downsample(from_uint8(small), size))
+        stages = [to_pictures(picture) for picture in pictures]
+        return CascadeResult(stages=stages, candidates=candidates.tolist(), low_res=low_res)
 
     def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
         """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""
@@ -391,8 +389,3 @@ class Cascade:
 def _paths(value: StrPath | Sequence[StrPath]) -> list[str]:
     values = [value] if isinstance(value, str | os.PathLike) else value
     return [os.fspath(path) for path in values]
-
-
-def _to_numpy(pictures: Tensor) -> Pictures:
-    """[B,3,H,W] on any device -> [B,H,W,3]."""
-    return pictures.permute(0, 2, 3, 1).contiguous().cpu().numpy()

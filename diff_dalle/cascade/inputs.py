@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from diff_dalle.cascade.contrast import read_contrast
+from diff_dalle.cascade.result import to_pictures
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.dataset import Dataset
 from diff_dalle.data.images import decode
@@ -21,7 +22,9 @@ from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import manifest_beside
 from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts, spread_negative
+from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.sampling_io.store import Pictures, map_pictures
+from diff_dalle.training.stage import from_uint8, to_uint8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,13 +33,13 @@ class Reader:
 
     Attributes:
         reads_text: whether captions matter.
-        small_size: side in pixels of what the first stage enlarges; 0 for a base model.
-        image_size: side in pixels of what the first stage makes.
+        small: (h, w) of what the first stage enlarges; None for a base model.
+        size: (H, W) of what the first stage makes.
     """
 
     reads_text: bool
-    small_size: int
-    image_size: int
+    small: Size | None
+    size: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,21 +150,37 @@ def request_texts(
     )
 
 
-def check_small_pictures(low_res: Pictures, small: int, path: str) -> None:
-    """Raise a `UsageError` unless ``low_res`` is uint8 [N,h,h,3] with h at least ``small``.
+def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:
+    """Raise a `UsageError` unless ``low_res`` is uint8 [N,h,w,3] of that size, or of its multiple.
 
     Args:
         low_res: the pictures to enlarge.
-        small: side in pixels of what the first stage enlarges.
+        small: (h, w) in pixels of what the first stage enlarges; larger pictures of that shape,
+            by whatever factor, will do.
         path: the first stage's file.
     """
-    square = low_res.ndim == 4 and low_res.shape[1] == low_res.shape[2]
-    fits = square and low_res.shape[3] == 3 and low_res.shape[1] >= small
-    if not fits or low_res.dtype != np.uint8:
+    h, w = small
+    pictures = low_res.ndim == 4 and low_res.shape[3] == 3 and low_res.dtype == np.uint8
+    shaped = pictures and low_res.shape[1] * w == low_res.shape[2] * h and low_res.shape[1] >= h
+    if not shaped:
         raise UsageError(
-            f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} "
-            f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
+            f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} enlarges uint8 pictures "
+            f"(N, {h}, {w}, 3): give such or larger ones of that shape, or another --size"
         )
+
+
+def shrunk_to(low_res: Pictures, small: Size | None, device: torch.device) -> Pictures:
+    """What the first stage enlarges of uint8 [N,H,W,3]: larger pictures are scaled down.
+
+    Args:
+        low_res: as `check_small_pictures` passes them.
+        small: (h, w) in pixels; None leaves them.
+        device: where that is computed.
+    """
+    if small is None or low_res.shape[1:3] == small:
+        return low_res
+    images = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,H,W]
+    return to_pictures(to_uint8(downsample(from_uint8(images), small)))
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:
@@ -201,6 +220,12 @@ def _shard_pictures(
     path: str, reader: Reader, limit: int
 ) -> tuple[Pictures, list[Prompt], list[str]]:
     """The first ``limit`` usable samples (0: all), scaled down as in training."""
+    height, width = reader.size
+    if height != width:
+        raise UsageError(
+            f"--low_res {path} is read as squares, but the first stage makes {spell(reader.size)} "
+            "px: give pictures of that shape as an .npz, or a square --size"
+        )
     dataset = _open(path, "low_res", with_text=reader.reads_text)
     pictures: list[Pictures] = []
     prompts: list[Prompt] = []
@@ -226,13 +251,14 @@ def _shard_pictures(
 
 def _small_picture(data: bytes, reader: Reader) -> Pictures:
     """Uint8 [h,w,3]: decoded at the stage's size and averaged down, as its training saw it."""
+    assert reader.small is not None
     try:
-        picture = torch.from_numpy(decode(data, reader.image_size)).float()  # [3,H,W]
+        picture = torch.from_numpy(decode(data, reader.size[0])).float()  # [3,H,W]
     except BadSample as problem:
         if str(problem) != "too small":
             raise
-        return decode(data, reader.small_size).transpose(1, 2, 0)
-    small = downsample(picture[None], reader.small_size)[0]  # [3,h,w]
+        return decode(data, reader.small[0]).transpose(1, 2, 0)
+    small = downsample(picture[None], reader.small)[0]  # [3,h,w]
     return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
 
 

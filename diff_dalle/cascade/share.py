@@ -17,8 +17,9 @@ import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
 from diff_dalle.cascade.consistency import measure_stages
 from diff_dalle.cascade.cut import describe_cut
-from diff_dalle.cascade.inputs import Reader, Request, read_request
+from diff_dalle.cascade.inputs import Reader, Request, read_request, shrunk_to
 from diff_dalle.cascade.plan import Plan
+from diff_dalle.cascade.sizing import choose_sizes, small_size
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.writer import OutputWriter
 
@@ -29,10 +30,9 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     Raises:
         UsageError: as `read_request`.
     """
-    first = cascade.stages[0]
-    reader = Reader(
-        reads_text=cascade.reads_text, small_size=first.small_size, image_size=first.image_size
-    )
+    sizes = choose_sizes(cascade.stages, cfg.size)
+    small = small_size(cascade.stages, sizes)
+    reader = Reader(reads_text=cascade.reads_text, small=small, size=sizes[0])
     request = read_request(cfg, reader)
     different = list(dict.fromkeys(request.prompts))
     negative = list(dict.fromkeys(request.negative_prompts))
@@ -56,7 +56,7 @@ def open_writer(
     digest = hashlib.sha256(json.dumps(facts).encode())
     for picture in () if request.low_res is None else request.low_res:
         digest.update(picture.tobytes())
-    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), cascade.sizes)
+    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), plan.sizes)
 
 
 def draw_share(
@@ -81,7 +81,7 @@ def draw_share(
     with tqdm(total=len(mine) * plan.steps, unit="step", disable=rank > 0) as bar:
 
         def on_step(stage: int, step: int, x_0: Tensor) -> None:
-            bar.set_description(f"{cascade.sizes[stage]} px", refresh=False)
+            bar.set_description(f"{plan.names[stage]} px", refresh=False)
             bar.update(len(x_0))
 
         for indices, result in cascade.batches(
@@ -119,7 +119,7 @@ def manifest_of(
     candidates = {index: candidate for table in kept for index, candidate in table.items()}
     images: list[dict[str, Any]] = [
         {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
-        | {"consistency": _consistency_of(cascade, request, writer, n)}
+        | {"consistency": _consistency_of(cascade, plan, request, writer, n)}
         for n, prompt in enumerate(request.prompts)
     ]
     for image, negative in zip(images, request.negative_prompts, strict=False):
@@ -133,7 +133,7 @@ def manifest_of(
 
 
 def _consistency_of(
-    cascade: Cascade, request: Request, writer: OutputWriter, index: int
+    cascade: Cascade, plan: Plan, request: Request, writer: OutputWriter, index: int
 ) -> list[dict[str, float] | None]:
     """How well each stage of one picture kept to what it enlarged; None for a base model.
 
@@ -141,7 +141,8 @@ def _consistency_of(
     """
     small = None
     if request.low_res is not None:
-        small = cascade.enlarged(request.low_res[[index % len(request.low_res)]])
+        given = request.low_res[[index % len(request.low_res)]]
+        small = shrunk_to(given, plan.small, cascade.device)
     stages = [store.read(index)[None] for store in writer.stores]
     parts = measure_stages(stages, small)
     return [None if part is None else part.to_json(0) for part in parts]
@@ -152,7 +153,10 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
     stages = []
     for number, (stage, part) in enumerate(zip(cascade.stages, plan.stages, strict=True)):
         drawn = plan.candidates(number)
+        height, width = part.size
         counts = {
+            "width": width,
+            "height": height,
             "steps": part.steps,
             "evaluations": drawn * part.evaluations,
             "classifier_evaluations": drawn * part.classifier_evaluations,

@@ -110,7 +110,7 @@ class Drawer:
         cut = self.cascade.describe_cut(
             [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
         )
-        cost = plan.describe_cost(self.cascade.sizes)
+        cost = plan.describe_cost()
         self._tell([*self.cascade.notes, *plan.notes(), *cut, cost])
         results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"

@@ -73,6 +73,11 @@ def _weights(length: int, tile: int, starts: Sequence[int]) -> Tensor:
     return torch.stack([w / total[s : s + tile] for s, w in zip(starts, weights, strict=True)])
 
 
+def count_tiles(size: tuple[int, int], tile: int, overlap: int, unit: int) -> int:
+    """How many tiles make a picture of (H, W); see `Axis.cut`."""
+    return math.prod(len(Axis.cut(length, tile, overlap, unit).starts) for length in size)
+
+
 class TiledGenerator(nn.Module):
     """A generator that is never shown more than a tile at a time; called as a `Generator`.
 
@@ -96,11 +101,6 @@ class TiledGenerator(nn.Module):
         unit = generator.unet.cfg.downsampling
         self._rows, self._columns = (Axis.cut(length, tile, overlap, unit) for length in size)
         self._batch = batch
-
-    @property
-    def tiles(self) -> int:
-        """How many of them make a picture."""
-        return len(self._rows.starts) * len(self._columns.starts)
 
     def encode(self, cond: Cond) -> Cond:
         """See `Generator.encode`."""
