@@ -46,10 +46,11 @@ class Axis:
             unit: tiles start at its multiples, as a network that halves its features needs to
                 see in a tile what it sees in the whole.
         """
-        tile = min(tile, length)
+        if length <= tile:
+            return cls([0], length, _weights(length, length, [0]))
         rest = (length - tile) // unit
-        count = 1 + math.ceil(rest * unit / (tile - overlap))
-        starts = [n * rest // max(count - 1, 1) * unit for n in range(count)]
+        steps = math.ceil(rest * unit / (tile - overlap))  # from the first tile to the last
+        starts = [n * rest // steps * unit for n in range(steps + 1)]
         return cls(starts, tile, _weights(length, tile, starts))
 
 

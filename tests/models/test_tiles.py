@@ -47,7 +47,7 @@ def asked(height: int, width: int, small: tuple[int, int] = (8, 11)) -> Inputs:
     return x, torch.tensor([1.0, 2.0], **DOUBLE), cond
 
 
-@pytest.mark.parametrize("length", [8, 24, 32, 40, 104])
+@pytest.mark.parametrize("length", [8, 20, 24, 32, 40, 104])
 @pytest.mark.parametrize("overlap", [0, 4, 12, 20])
 def test_shares_sum_to_one_and_tiles_lie_on_the_grid(length: int, overlap: int) -> None:
     axis = Axis.cut(length, 24, overlap, 4)
