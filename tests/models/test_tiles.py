@@ -130,6 +130,10 @@ def test_every_picture_is_told_what_is_its_own(
         one = TiledGenerator(model, (28, 16), 16, 4)
         alone = one(x[n : n + 1], t[n : n + 1], Cond(**own))
         assert torch.allclose(together[n : n + 1], alone, rtol=0, atol=1e-5)
+    for untold, changed in (({"drop": None}, [1]), ({"aug_level": None}, [1, 2])):
+        other = TiledGenerator(model, (28, 16), 16, 4)(x, t, replace(cond, **untold))
+        differs = [n for n in range(3) if (other[n] - together[n]).abs().max() > 1e-2]
+        assert differs == changed
 
 
 def steepness(picture: Tensor) -> Tensor:

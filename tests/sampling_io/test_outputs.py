@@ -97,6 +97,11 @@ def test_grid_shape(count: int, size: int, grid_size: int, shape: tuple[int, int
     assert grid_shape(count, (size, size), grid_size) == shape
 
 
+def test_a_grid_of_wide_pictures_has_more_rows() -> None:
+    assert grid_shape(9, (64, 128), 256) == (4, 2)
+    assert grid_shape(9, (128, 64), 256) == (2, 4)
+
+
 def test_repeated_outputs_are_numbered_and_nothing_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("a run's")
     first, second = pictures(2, 4), pictures(2, 4, seed=1)
