@@ -35,7 +35,7 @@ def sample(argv: list[str]) -> None:
         writer.require_shared()
         if world.is_main:
             notes = [*writer.notes(), *cascade.notes, *plan.notes(), *request.notes]
-            notes.append(plan.describe_cost(cascade.sizes))
+            notes.append(plan.describe_cost())
             print(f"drawing {writer.count} images into {folder}", *notes, sep="\n")
         with writer.session(world.rank):
             rank, ranks = world.rank, world.size
@@ -46,7 +46,7 @@ def sample(argv: list[str]) -> None:
                 timing = Timing.total([share.timing for share in shares])
                 manifest = manifest_of(cascade, plan, request, cfg, writer, kept, timing)
                 png, side = cfg.save_png, cfg.grid_size
-                told = describe_consistency(manifest["images"], cascade.sizes)
+                told = describe_consistency(manifest["images"], plan.names)
                 files = publish(writer, request.texts, manifest, grid_size=side, png=png)
                 print(*timing.describe(cascade.sizes), *told, *files, sep="\n")
     stop(world)

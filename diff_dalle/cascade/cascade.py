@@ -6,29 +6,26 @@ B batch, N pictures, H W pixels, h w pixels of the stage before.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
-from PIL import Image
-from torch import Tensor
 
 from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.devices import Devices, choose_precisions, device_notes, find_devices
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.edits import NO_EDITS, Edit, Edits
-from diff_dalle.cascade.inputs import Request, as_enlarged, check_small_pictures, request_texts
+from diff_dalle.cascade.inputs import Request, check_small_pictures, request_texts, shrunk_to
 from diff_dalle.cascade.offload import Residence
 from diff_dalle.cascade.plan import Plan, make_plan
 from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
+from diff_dalle.cascade.sizing import choose_sizes
 from diff_dalle.cascade.stages import Stage, StrPath, as_paths, load_stages
+from diff_dalle.cascade.streaming import previews
 from diff_dalle.cascade.turns import Turns
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, in_short
-from diff_dalle.sampling_io.previews import iterate
-from diff_dalle.sampling_io.prompts import Prompt
 from diff_dalle.sampling_io.store import Pictures
-from diff_dalle.training.stage import to_uint8
 
 
 class Cascade:
@@ -36,8 +33,7 @@ class Cascade:
 
     Attributes:
         stages: from the smallest picture to the largest.
-        precision: what the generators compute in, after ``auto``, or one entry a stage with
-            commas between; CLIPs compute in fp32.
+        precision: what the generators compute in, or one entry a stage; CLIPs compute in fp32.
         notes: lines to tell the user about what was decided for them.
     """
 
@@ -85,7 +81,7 @@ class Cascade:
 
     @property
     def sizes(self) -> list[int]:
-        """Picture sizes of the stages in pixels."""
+        """Picture sizes of the stages in pixels, as they were trained."""
         return [stage.image_size for stage in self.stages]
 
     @property
@@ -132,6 +128,10 @@ class Cascade:
         batch_size: int = 4,
         low_res: Pictures | None = None,
         edit: Edit | None = None,
+        size: str | int = AUTO,
+        tile_size: PerStage = 0,
+        tile_overlap: PerStage = AUTO,
+        tile_batch: int = 1,
     ) -> CascadeResult:
         """Pictures for prompts.
 
@@ -165,6 +165,10 @@ class Cascade:
             low_res: uint8 [N,h,w,3], the pictures to enlarge where the first stage is an
                 upsampler.
             edit: pictures to start from and to keep parts of, frames to other prompts.
+            size: of the last stage's pictures, "WIDTHxHEIGHT" or one side; "auto": as trained.
+            tile_size: pixels of the tiles in which an upsampler is asked; 0: whole pictures.
+            tile_overlap: pixels that tiles share at least; "auto": a quarter of a tile.
+            tile_batch: tiles that an upsampler is asked about at once.
         Raises:
             UsageError: a setting that the stages cannot follow.
         """
@@ -191,6 +195,10 @@ class Cascade:
             aug_level=as_texts(aug_level),
             rerank=rerank,
             batch_size=batch_size,
+            size=str(size),
+            tile_size=as_texts(tile_size),
+            tile_overlap=as_texts(tile_overlap),
+            tile_batch=tile_batch,
         )
         request, plan = self._ready(prompts, cfg, low_res, edit)
         batches = self.batches(
@@ -223,6 +231,10 @@ class Cascade:
         use_ddim: bool = False,
         low_res: Pictures | None = None,
         edit: Edit | None = None,
+        size: str | int = AUTO,
+        tile_size: PerStage = 0,
+        tile_overlap: PerStage = AUTO,
+        tile_batch: int = 1,
     ) -> Iterator[Preview]:
         """The pictures of `sample` on their way, step by step and stage by stage, as one batch.
 
@@ -243,28 +255,23 @@ class Cascade:
             steps=as_texts(steps),
             step_spacing=as_texts(step_spacing),
             use_ddim=use_ddim,
+            size=str(size),
+            tile_size=as_texts(tile_size),
+            tile_overlap=as_texts(tile_overlap),
+            tile_batch=tile_batch,
         )
         request, plan = self._ready(prompts, cfg, low_res, edit)
-        threads = torch.get_num_threads()
-
-        def work(emit: Callable[[Preview], None]) -> None:
-            torch.set_num_threads(threads)  # a new thread would take every core
-
-            def on_step(stage: int, step: int, x_0: Tensor) -> None:
-                images = [Image.fromarray(picture) for picture in to_pictures(to_uint8(x_0))]
-                total = plan.stages[stage].steps
-                emit(Preview(stage=stage, step=step, steps=total, images=images))
-
-            self.draw(
+        return previews(
+            lambda on_step: self.draw(
                 plan,
                 range(len(request.prompts)),
                 request.texts,
                 negative_prompts=request.negative_texts,
                 low_res=request.low_res,
                 on_step=on_step,
-            )
-
-        return iterate(work)
+            ),
+            plan,
+        )
 
     def plan(
         self,
@@ -282,12 +289,12 @@ class Cascade:
             edits: what `make_edits` made of the flags.
         Raises:
             UsageError: a setting that the stages cannot follow, or pictures in ``low_res`` that
-                are no uint8 [N,h,w,3] as large as the first stage enlarges, or larger.
+                are no uint8 [N,h,w,3] of the shape that the first stage enlarges, or too small.
         """
         small = low_res is not None
         plan = make_plan(self.stages, cfg, low_res=small, contrast=contrast, edits=edits)
-        if low_res is not None:
-            check_small_pictures(low_res, self.stages[0].small_size, self.stages[0].path)
+        if low_res is not None and plan.small is not None:
+            check_small_pictures(low_res, plan.small, self.stages[0].path)
         return plan
 
     def batches(
@@ -359,27 +366,19 @@ class Cascade:
             negative_prompts=negative_prompts,
             on_step=on_step,
         )
-        start = None if low_res is None else self._start(low_res)
+        start = None
+        if low_res is not None:
+            low_res = shrunk_to(low_res, plan.small, self.devices[0])
+            start = torch.from_numpy(low_res).permute(0, 3, 1, 2)  # [B,3,h,w]
         with self._residence:
             pictures, candidates = drawing.draw(start)
         return CascadeResult(
             stages=[to_pictures(picture) for picture in pictures],
             candidates=candidates.tolist(),
-            low_res=None if start is None else to_pictures(start),
+            low_res=low_res,
             seconds=drawing.turns.seconds,
             evaluations=plan.evaluations,
         )
-
-    def enlarged(self, low_res: Pictures) -> Pictures:
-        """What the first stage enlarges of uint8 [N,h,w,3]: larger pictures are scaled down."""
-        return to_pictures(self._start(low_res))
-
-    def _start(self, low_res: Pictures) -> Tensor:
-        return as_enlarged(low_res, self.stages[0].small_size, self.stages[0].device)
-
-    def describe_cut(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Lines that name the prompts of which a generator or a CLIP reads only the beginning."""
-        return describe_cut(self.stages, prompts)
 
     def _ready(
         self,
@@ -391,7 +390,8 @@ class Cascade:
         """What to draw and how; the caller's caller is warned of what the texts hold."""
         edit = edit or Edit()
         cfg = edit.configure(cfg)
-        request = request_texts(prompts, cfg, low_res, edit.read(self.sizes))
+        given = edit.read(choose_sizes(self.stages, cfg.size))
+        request = request_texts(prompts, cfg, low_res, given)
         plan = self.plan(cfg, request.low_res, request.contrast_texts, request.edits)
         read = [*request.prompts, *request.edits.ends]
         cut = describe_cut(self.stages, read, request.negative_prompts, request.contrast)

@@ -64,12 +64,12 @@ def measure_stages(
     ]
 
 
-def describe_consistency(images: Sequence[dict[str, Any]], sizes: Sequence[int]) -> list[str]:
+def describe_consistency(images: Sequence[dict[str, Any]], sizes: Sequence[str]) -> list[str]:
     """One line with the means over a run's pictures; none where no stage is an upsampler.
 
     Args:
         images: a manifest's, each with ``consistency``: `Consistency.to_json` or None a stage.
-        sizes: of the stages in pixels.
+        sizes: of the stages in pixels, as users read them.
     """
     parts = []
     for stage, size in enumerate(sizes):

@@ -1,7 +1,7 @@
 """One batch of prompts drawn through the stages.
 
 A stage hands on its uint8 picture, so a chained run and a stage-by-stage run agree. All noise of
-a picture is a function of (seed, index, candidate, image size of the stage), so neither the
+a picture is a function of (seed, index, candidate, trained size of the stage), so neither the
 batch size nor the number of ranks decides what is drawn.
 
 B batch, L tokens, E embedding, H W pixels, h w pixels of the stage before.
@@ -28,6 +28,7 @@ from diff_dalle.diffusion.clip_guidance import (
 )
 from diff_dalle.diffusion.strength import scale_at_step
 from diff_dalle.models.generator import Cond
+from diff_dalle.models.low_res import downsample, enlarge
 from diff_dalle.training.precision import Precision
 from diff_dalle.training.stage import from_uint8, sample_stage
 
@@ -99,8 +100,9 @@ class Drawing:
     def _stage(self, number: int, small: Tensor | None, candidate: int) -> Tensor:
         """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out."""
         stage, plan = self.turns.stages[number], self.plan.stages[number]
-        size, device = stage.image_size, stage.device
-        edits = self.plan.edits
+        device, edits = stage.device, self.plan.edits
+        # The stage's trained size names its noise, whatever size is drawn.
+        keys = edits.keys(self.plan.seed, self.indices, candidate, stage.image_size)
         done = 0
 
         def callback(_: int, x_0: Tensor) -> None:
@@ -115,13 +117,14 @@ class Drawing:
                 stage.loaded.generator,
                 stage.loaded.diffusion,
                 self._condition(stage, small),
-                edits.keys(self.plan.seed, self.indices, candidate, size).to(device),
-                image_size=size,
+                keys.to(device),
+                image_size=plan.size,
                 settings=plan.settings,
                 negative=self._negative(stage),
                 guide=self._guide(stage, plan),
+                tile_batch=self.plan.tile_batch,
                 callback=callback,
-                edit=edits.of_stage(stage, self.indices, candidate, device),
+                edit=edits.of_stage(stage, plan.size, self.indices, candidate),
             )
         if self.on_step is not None:
             self.on_step(number, plan.steps, from_uint8(picture))
@@ -190,7 +193,8 @@ class Drawing:
         assert guide is not None
         start = torch.zeros(len(picture), dtype=torch.int64, device=picture.device)
         time = guide.loaded.diffusion.model_time(start)
-        features = guide.loaded.clip.encode_image(from_uint8(picture), time)  # [B,E]
+        seen = _as_square(from_uint8(picture), guide.image_size)  # [B,3,S,S]
+        features = guide.loaded.clip.encode_image(seen, time)  # [B,E]
         return (features * self._text_features(guide)).sum(dim=1)
 
     @torch.no_grad()
@@ -204,3 +208,14 @@ class Drawing:
                 return guide.loaded.clip.encode_text(tokens.to(device), mask.to(device))
 
         return self.plan.edits.features(encode, self.prompts, self.indices)
+
+
+def _as_square(picture: Tensor, size: int) -> Tensor:
+    """The middle of [B,3,H,W] as [B,3,size,size], as training cuts and scales its pictures."""
+    height, width = picture.shape[2:]
+    if height == width == size:
+        return picture
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    square = picture[:, :, top : top + side, left : left + side]
+    return downsample(square, size) if side >= size else enlarge(square, (size, size))

@@ -20,6 +20,7 @@ from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, numbers, per_stage
 from diff_dalle.sampling_io.prompts import Prompt
+from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.training.editing import Between, StageEdit
 
 
@@ -50,8 +51,8 @@ class Edit:
     interpolate_seed: int | None = None
     frames: int = 0
 
-    def read(self, sizes: Sequence[int]) -> Given | None:
-        """The pictures and masks, for stages of ``sizes`` pixels; see `read_given`."""
+    def read(self, sizes: Sequence[Size]) -> Given | None:
+        """The pictures and masks, for stages of those (H, W); see `read_given`."""
         return read_given(self.init_images, self.masks, sizes)
 
     def configure(self, cfg: SampleConfig) -> SampleConfig:
@@ -100,22 +101,20 @@ class Edits:
         return [self.ends[index // self.frames % len(self.ends)].text for index in indices]
 
     def of_stage(
-        self, stage: Stage, indices: Sequence[int], candidate: int, device: torch.device
+        self, stage: Stage, size: Size, indices: Sequence[int], candidate: int
     ) -> StageEdit:
-        """What one stage starts from and keeps for the pictures of a batch."""
-        between = self._between(stage, indices, candidate, device)
-        if self.given is None or stage.image_size > self.given.size:
+        """What one stage starts from and keeps for the pictures of a batch, of (H, W)."""
+        between = self._between(stage, indices, candidate)
+        if self.given is None or size > self.given.size:
             return StageEdit(between=between)
         numbers = [index // self.frames for index in indices]
-        picture, drawn = self.given.at(stage.image_size, numbers, device)
+        picture, drawn = self.given.at(size, numbers, stage.device)
         return StageEdit(picture=picture, drawn=drawn, between=between)
 
-    def _between(
-        self, stage: Stage, indices: Sequence[int], candidate: int, device: torch.device
-    ) -> Between | None:
+    def _between(self, stage: Stage, indices: Sequence[int], candidate: int) -> Between | None:
         if self.frames == 1:
             return None
-        keys = cond = None
+        keys, cond, device = None, None, stage.device
         if self.seed is not None:
             keys = self.keys(self.seed, indices, candidate, stage.image_size).to(device)
         texts = self.end_texts(indices)
@@ -211,8 +210,16 @@ class StageEditing:
     variation: float | None
 
 
-def choose_editing(stages: Sequence[Stage], cfg: SampleConfig, edits: Edits) -> list[StageEditing]:
+def choose_editing(
+    stages: Sequence[Stage], cfg: SampleConfig, sizes: Sequence[Size], edits: Edits
+) -> list[StageEditing]:
     """How far each stage leaves its picture.
+
+    Args:
+        stages: the cascade.
+        cfg: the flags.
+        sizes: of the stages' pictures.
+        edits: what `make_edits` made of the flags.
 
     Raises:
         UsageError: a value out of range, or one that contradicts others or that nothing reads.
@@ -228,7 +235,7 @@ def choose_editing(stages: Sequence[Stage], cfg: SampleConfig, edits: Edits) -> 
     strengths = [*values, *later] if one else per_stage(values, len(stages), "strength")
     if cfg.variation is not None:
         _check_variation(stages[0], cfg, strengths[0])
-    _check_given(stages, cfg, strengths, edits)
+    _check_given(sizes, cfg, strengths, edits)
     if edits.frames > 1 and cfg.rerank > 1:
         raise UsageError(
             f"--rerank is {cfg.rerank}: frames would come from different candidates, give 1"
@@ -259,7 +266,7 @@ def _check_variation(first: Stage, cfg: SampleConfig, strength: float) -> None:
 
 
 def _check_given(
-    stages: Sequence[Stage], cfg: SampleConfig, strengths: Sequence[float], edits: Edits
+    sizes: Sequence[Size], cfg: SampleConfig, strengths: Sequence[float], edits: Edits
 ) -> None:
     """Refuse editing without pictures, and pictures that nothing reads."""
     given, started = edits.given, any(strength != 1 for strength in strengths)
@@ -272,9 +279,9 @@ def _check_given(
         raise UsageError(
             "--init_images is read by --masks, --strength below 1 or --variation: give one of them"
         )
-    for stage, strength in zip(stages, strengths, strict=True):
-        if strength != 1 and stage.image_size > given.size:
+    for size, strength in zip(sizes, strengths, strict=True):
+        if strength != 1 and size > given.size:
             raise UsageError(
-                f"--strength is {strength:g} for the stage of {stage.image_size} px, but the "
-                f"smallest picture of --init_images holds {given.size} px: give 1 for that stage"
+                f"--strength is {strength:g} for the stage of {spell(size)} px, but the smallest "
+                f"picture of --init_images holds {spell(given.size)} px: give 1 for that stage"
             )

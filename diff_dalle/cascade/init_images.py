@@ -1,6 +1,6 @@
 """The pictures that a run edits, and their masks: from files, shards, PIL or arrays to pixels.
 
-M pictures, H W pixels of a picture as given, S pixels of what is kept of it: a square, cut and
+M pictures, H W pixels of what is kept of one: the middle, cut to the shape of what is drawn and
 scaled as training does (`data.images.decode`).
 """
 
@@ -27,6 +27,7 @@ from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import IMAGE_EXTENSIONS, decode, resized_and_corner
 from diff_dalle.data.pillow_faults import reason_of, without_16_bit
 from diff_dalle.errors import UsageError
+from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 from diff_dalle.training.stage import from_uint8, shrink
 
@@ -42,8 +43,8 @@ class Given:
     """M pictures to edit, and where they are drawn anew.
 
     Attributes:
-        pictures: uint8 [M,S,S,3], S the largest stage's size that no picture is smaller than.
-        masks: uint8 [1 or M,S,S], 255 where a stage draws, 0 where the picture is known; None:
+        pictures: uint8 [M,H,W,3], of the largest stage's size that no picture is smaller than.
+        masks: uint8 [1 or M,H,W], 255 where a stage draws, 0 where the picture is known; None:
             nothing is known.
         names: of the pictures, for messages and the manifest.
         mask_names: of the masks.
@@ -54,35 +55,35 @@ class Given:
     masks: NDArray[np.uint8] | None
     names: Sequence[str]
     mask_names: Sequence[str]
-    larger: Sequence[int] = ()
+    larger: Sequence[Size] = ()
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     @property
-    def size(self) -> int:
-        """S, pixels."""
-        return self.pictures.shape[1]
+    def size(self) -> Size:
+        """(H, W) in pixels."""
+        return self.pictures.shape[1], self.pictures.shape[2]
 
     def at(
-        self, size: int, numbers: Sequence[int], device: torch.device
+        self, size: Size, numbers: Sequence[int], device: torch.device
     ) -> tuple[Tensor, Tensor | None]:
         """Some of the pictures as a stage sees them, and where it draws.
 
         Args:
-            size: of the stage in pixels, at most S.
+            size: (h, w) of the stage's pictures, at most H and W.
             numbers: B numbers of pictures; they repeat beyond M.
             device: for the tensors.
         Returns:
-            [B,3,size,size] in [-1, 1], and [B,1,size,size] in [0, 1] or None. A small pixel of a
-            mask is as white as the whitest that it stands for.
+            [B,3,h,w] in [-1, 1], and [B,1,h,w] in [0, 1] or None. A small pixel of a mask is as
+            white as the whitest that it stands for.
         """
         picture = torch.from_numpy(self.pictures[[n % len(self) for n in numbers]])
         picture = from_uint8(shrink(picture.to(device).permute(0, 3, 1, 2), size))
         if self.masks is None:
             return picture, None
         mask = torch.from_numpy(self.masks[[n % len(self.masks) for n in numbers]])
-        drawn = mask.to(device)[:, None].float() / 255  # [B,1,S,S]
+        drawn = mask.to(device)[:, None].float() / 255  # [B,1,H,W]
         return picture, F.adaptive_max_pool2d(drawn, size)
 
     def notes(self) -> list[str]:
@@ -90,8 +91,8 @@ class Given:
         if not self.larger:
             return []
         return [
-            f"--init_images: the smallest picture holds {self.size} px, so stages from "
-            f"{self.larger[0]} px on follow their small picture alone"
+            f"--init_images: the smallest picture holds {spell(self.size)} px, so stages from "
+            f"{spell(self.larger[0])} px on follow their small picture alone"
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -106,7 +107,7 @@ class Given:
 def read_given(
     images: ImageLike | Sequence[ImageLike],
     masks: ImageLike | Sequence[ImageLike],
-    sizes: Sequence[int],
+    sizes: Sequence[Size],
     limit: int = 0,
 ) -> Given | None:
     """The pictures and masks that are named; None for none.
@@ -115,7 +116,7 @@ def read_given(
         images: pictures; a path may also be a folder of them, shards, or an npz, an array also
             uint8 [M,H,W,3].
         masks: as many, or one for all; each of its picture's size.
-        sizes: of the stages in pixels, smallest first.
+        sizes: (H, W) of the stages' pictures, smallest first, all of one shape.
         limit: pictures that are read, the first ones; 0: all.
     Raises:
         UsageError: an unreadable input, a mask without a picture or of another size, another
@@ -128,15 +129,14 @@ def read_given(
             raise UsageError("--masks belong to pictures: name those with --init_images")
         return None
     upright = [(name, *_upright(data, name)) for name, data in named]
-    for name, _, (width, height) in upright:
-        if min(width, height) < sizes[0]:
+    for name, _, extent in upright:
+        if not _holds(extent, sizes[0]):
             raise UsageError(
-                f"--init_images {name} is {width}x{height} px, but the first stage makes "
-                f"{sizes[0]} px: give pictures that are no smaller"
+                f"--init_images {name} is {_by(extent)} px, but the first stage makes "
+                f"{spell(sizes[0])} px: give pictures that are no smaller"
             )
-    smallest = min(min(extent) for _, _, extent in upright)
-    size = max(stage for stage in sizes if stage <= smallest)
     extents = [extent for _, _, extent in upright]
+    size = max(stage for stage in sizes if all(_holds(extent, stage) for extent in extents))
     names = [name for name, _, _ in upright]
     return Given(
         pictures=np.stack([_decoded(data, size, name) for name, data, _ in upright]),
@@ -145,6 +145,15 @@ def read_given(
         mask_names=[name for name, _ in named_masks],
         larger=[stage for stage in sizes if stage > size],
     )
+
+
+def _holds(extent: Size, size: Size) -> bool:
+    """Whether a picture has that many pixels in both directions."""
+    return extent[0] >= size[0] and extent[1] >= size[1]
+
+
+def _by(extent: Size) -> str:
+    return f"{extent[1]}x{extent[0]}"
 
 
 def _listed(value: ImageLike | Sequence[ImageLike], dimensions: int) -> list[ImageLike]:
@@ -202,19 +211,19 @@ def _of_shards(path: str) -> Iterator[tuple[str, bytes]]:
             raise _unusable("init_images", name, str(problem)) from problem
 
 
-def _upright(data: bytes, name: str) -> tuple[bytes, tuple[int, int]]:
-    """A file without an EXIF orientation, and its width and height."""
+def _upright(data: bytes, name: str) -> tuple[bytes, Size]:
+    """A file without an EXIF orientation, and its height and width."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
             if picture.getexif().get(_ORIENTATION, 1) == 1:
-                return data, picture.size
+                return data, (picture.height, picture.width)
             turned = ImageOps.exif_transpose(picture)
-            return _png(turned), turned.size
+            return _png(turned), (turned.height, turned.width)
     except Exception as problem:  # decoders raise anything on bytes that are no picture
         raise _unusable("init_images", name, reason_of(problem)) from problem
 
 
-def _decoded(data: bytes, size: int, name: str) -> Pictures:
+def _decoded(data: bytes, size: Size, name: str) -> Pictures:
     try:
         return decode(data, size).transpose(1, 2, 0)
     except BadSample as problem:
@@ -243,10 +252,10 @@ def _read_mask(mask: ImageLike, number: int) -> tuple[str, NDArray[np.uint8]]:
 def _fitted_masks(
     masks: Sequence[tuple[str, NDArray[np.uint8]]],
     names: Sequence[str],
-    extents: Sequence[tuple[int, int]],
-    size: int,
+    extents: Sequence[Size],
+    size: Size,
 ) -> NDArray[np.uint8] | None:
-    """Masks uint8 [1 or M,S,S], cut as their pictures are; None for none."""
+    """Masks uint8 [1 or M,H,W], cut as their pictures are; None for none."""
     if not masks:
         return None
     if len(masks) not in (1, len(names)):
@@ -255,21 +264,21 @@ def _fitted_masks(
         )
     for number, picture in enumerate(names):
         mask_name, mask = masks[number % len(masks)]
-        width, height = extents[number]
-        if mask.shape != (height, width):
+        if mask.shape != extents[number]:
             raise UsageError(
-                f"--masks {mask_name} is {mask.shape[1]}x{mask.shape[0]} px, but {picture} is "
-                f"{width}x{height} px: give a mask of its picture's size"
+                f"--masks {mask_name} is {_by(mask.shape)} px, but {picture} is "
+                f"{_by(extents[number])} px: give a mask of its picture's size"
             )
-    return np.stack([_square_mask(mask, size) for _, mask in masks])
+    return np.stack([_cut_mask(mask, size) for _, mask in masks])
 
 
-def _square_mask(mask: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """[H,W] -> [S,S], the square that `decode` cuts; a pixel is the whitest of its own."""
+def _cut_mask(mask: NDArray[np.uint8], size: Size) -> NDArray[np.uint8]:
+    """The part of a mask that `decode` cuts of its picture; a pixel is the whitest of its own."""
     height, width = mask.shape
     (wide, high), (left, top) = resized_and_corner(width, height, size, None)
     pooled = F.adaptive_max_pool2d(torch.tensor(mask)[None].float(), (high, wide))[0]
-    return pooled[top : top + size, left : left + size].to(torch.uint8).numpy()
+    kept = pooled[top : top + size[0], left : left + size[1]]
+    return kept.to(torch.uint8).numpy()
 
 
 def _as_image(value: Image.Image | NDArray[Any], flag: str, number: int) -> Image.Image:

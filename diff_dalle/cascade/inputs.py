@@ -10,19 +10,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from diff_dalle.cascade.contrast import read_contrast
 from diff_dalle.cascade.edits import NO_EDITS, Edits, fit_prompts, make_edits
 from diff_dalle.cascade.init_images import Given
+from diff_dalle.cascade.result import to_pictures
 from diff_dalle.cascade.shard_inputs import open_shards
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import decode
 from diff_dalle.errors import UsageError
-from diff_dalle.models.low_res import downsample
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import manifest_beside
 from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts, spread_negative
+from diff_dalle.sampling_io.sizes import Size
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 from diff_dalle.training.stage import shrink
 
@@ -33,13 +33,13 @@ class Reader:
 
     Attributes:
         reads_text: whether captions matter.
-        small_size: side in pixels of what the first stage enlarges; 0 for a base model.
-        image_size: side in pixels of what the first stage makes.
+        small: (h, w) of what the first stage enlarges; None for a base model.
+        size: (H, W) of what the first stage makes.
     """
 
     reads_text: bool
-    small_size: int
-    image_size: int
+    small: Size | None
+    size: Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,27 +178,37 @@ def request_texts(
     return request.with_edits(make_edits(cfg, given, len(named)))
 
 
-def check_small_pictures(low_res: Pictures, small: int, path: str) -> None:
-    """Raise a `UsageError` unless ``low_res`` is uint8 [N,h,h,3] with h at least ``small``.
+def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:
+    """Raise a `UsageError` unless ``low_res`` is uint8 [N,h,w,3] of that size, or of its multiple.
 
     Args:
         low_res: the pictures to enlarge.
-        small: side in pixels of what the first stage enlarges.
+        small: (h, w) in pixels of what the first stage enlarges; larger pictures of that shape,
+            by whatever factor, will do.
         path: the first stage's file.
     """
-    square = low_res.ndim == 4 and low_res.shape[1] == low_res.shape[2]
-    fits = square and low_res.shape[3] == 3 and low_res.shape[1] >= small
-    if not fits or low_res.dtype != np.uint8:
+    h, w = small
+    pictures = low_res.ndim == 4 and low_res.shape[3] == 3 and low_res.dtype == np.uint8
+    shaped = pictures and low_res.shape[1] * w == low_res.shape[2] * h and low_res.shape[1] >= h
+    if not shaped:
         raise UsageError(
-            f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} "
-            f"enlarges uint8 pictures (N, {small}, {small}, 3): give such, or larger ones"
+            f"--low_res holds {low_res.dtype} {low_res.shape}, but {path} enlarges uint8 pictures "
+            f"(N, {h}, {w}, 3): give such or larger ones of that shape, or another --size"
         )
 
 
-def as_enlarged(low_res: Pictures, size: int, device: torch.device) -> Tensor:
-    """What a stage enlarges of uint8 [N,h,w,3]: uint8 [N,3,size,size], scaled down if larger."""
-    small = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,h,w]
-    return shrink(small, size)
+def shrunk_to(low_res: Pictures, small: Size | None, device: torch.device) -> Pictures:
+    """What the first stage enlarges of uint8 [N,H,W,3]: larger pictures are scaled down.
+
+    Args:
+        low_res: as `check_small_pictures` passes them.
+        small: (h, w) in pixels; None leaves them.
+        device: where that is computed.
+    """
+    if small is None:
+        return low_res
+    images = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,H,W]
+    return to_pictures(shrink(images, small))
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:
@@ -263,11 +273,11 @@ def _shard_pictures(
 
 def _small_picture(data: bytes, reader: Reader) -> Pictures:
     """Uint8 [h,w,3]: decoded at the stage's size and averaged down, as its training saw it."""
+    assert reader.small is not None
     try:
-        picture = torch.from_numpy(decode(data, reader.image_size)).float()  # [3,H,W]
+        picture = torch.from_numpy(decode(data, reader.size))  # [3,H,W]
     except BadSample as problem:
         if str(problem) != "too small":
             raise
-        return decode(data, reader.small_size).transpose(1, 2, 0)
-    small = downsample(picture[None], reader.small_size)[0]  # [3,h,w]
-    return small.round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+        return decode(data, reader.small).transpose(1, 2, 0)
+    return to_pictures(shrink(picture[None], reader.small))[0]

@@ -12,12 +12,14 @@ from diff_dalle.cascade.guiding import (
     choose_classifier_guidance,
     choose_free_guidance,
 )
+from diff_dalle.cascade.sizing import check_guides, choose_sizes, small_size
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.cascade.steps import Steps, choose_steps_of
-from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.cascade.tiling import Tiling, choose_tiles, describe_tiles
 from diff_dalle.diffusion.samplers import asked_steps, inversion_steps
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig, numbers, per_stage
+from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.training.stage import StageSettings
 
 
@@ -27,6 +29,8 @@ class StagePlan:
 
     Attributes:
         settings: for `sample_stage`.
+        size: (H, W) of its pictures in pixels.
+        tiles: how many of them make a picture.
         steps: the number of steps that the settings amount to.
         classifier: the noised CLIP's guidance.
         evaluations: of the network for one picture; a step with classifier-free guidance counts 2.
@@ -34,6 +38,8 @@ class StagePlan:
     """
 
     settings: StageSettings
+    size: Size
+    tiles: int
     steps: int
     classifier: ClassifierGuidance
     evaluations: int
@@ -41,14 +47,18 @@ class StagePlan:
 
     @classmethod
     def make(
-        cls, settings: StageSettings, process: GaussianDiffusion, classifier: ClassifierGuidance
+        cls, settings: StageSettings, stage: Stage, size: Size, classifier: ClassifierGuidance
     ) -> StagePlan:
-        """The plan with its counts; ``process`` is respaced."""
+        """The plan with its counts."""
+        process = settings.respace(stage.loaded.diffusion)
+        tiling = Tiling(tile_size=settings.tile_size, tile_overlap=settings.tile_overlap)
         sampled = asked_steps(settings.sampler, process)
         inverted = [] if settings.variation is None else inversion_steps(process)
         asked = [*inverted, *sampled]
         return cls(
             settings=settings,
+            size=size,
+            tiles=tiling.count(stage, size),
             steps=process.num_steps,
             classifier=classifier,
             evaluations=len(asked) + int((settings.guidance_scales(process)[asked] != 1).sum()),
@@ -69,6 +79,8 @@ class Plan:
         seed: of all noise.
         stages: one plan a stage.
         rerank: candidates drawn for each prompt, 1 or more.
+        small: (h, w) of what the first stage enlarges; None for a base model.
+        tile_batch: tiles that a network is asked about at once.
         rerank_stage: number of the stage whose noised CLIP chooses among them.
         contrast: the captions that noised CLIPs tell a prompt from.
         edits: what pictures start from, keep and go to.
@@ -78,6 +90,8 @@ class Plan:
     stages: tuple[StagePlan, ...]
     rerank: int
     rerank_stage: int
+    small: Size | None
+    tile_batch: int
     contrast: ContrastSet
     edits: Edits = NO_EDITS
 
@@ -95,16 +109,24 @@ class Plan:
         """How often a stage is drawn for one picture."""
         return self.rerank if number <= self.rerank_stage else 1
 
-    def describe_cost(self, sizes: Sequence[int]) -> str:
-        """A line that says what a picture costs, over all candidates.
+    @property
+    def sizes(self) -> list[Size]:
+        """(H, W) of the stages' pictures in pixels."""
+        return [part.size for part in self.stages]
 
-        Args:
-            sizes: of the stages' pictures in pixels.
-        """
+    @property
+    def names(self) -> list[str]:
+        """The same, as users read them."""
+        return [spell(size) for size in self.sizes]
+
+    def describe_cost(self) -> str:
+        """A line that says what a picture costs, over all candidates."""
         costs = []
-        for number, (size, part) in enumerate(zip(sizes, self.stages, strict=True)):
+        for number, (name, part) in enumerate(zip(self.names, self.stages, strict=True)):
             drawn = self.candidates(number)
-            cost = f"{size} px {drawn * part.evaluations} ({drawn * part.steps} steps)"
+            cost = f"{name} px {drawn * part.evaluations} ({drawn * part.steps} steps)"
+            if part.settings.tile_size:
+                cost += f", each of {part.tiles} tiles"
             if part.classifier_evaluations:
                 cost += f" and {drawn * part.classifier_evaluations} of the CLIP"
             costs.append(cost)
@@ -112,12 +134,14 @@ class Plan:
 
     def notes(self) -> list[str]:
         """What the user should know of these settings."""
-        return [line for n, part in enumerate(self.stages, start=1) for line in _idle(n, part)]
+        return [line for n, part in enumerate(self.stages, start=1) for line in _notes(n, part)]
 
 
-def _idle(number: int, part: StagePlan) -> Iterator[str]:
-    """Lines about guidance whose interval no step of a stage lies in."""
+def _notes(number: int, part: StagePlan) -> Iterator[str]:
+    """Lines about tiles, and about guidance whose interval no step of a stage lies in."""
     settings, classifier = part.settings, part.classifier
+    if settings.tile_size:
+        yield describe_tiles(number, settings.tile_size, settings.tile_overlap)
     if settings.guidance_scale != 1 and part.evaluations == part.steps:
         yield (
             f"--guidance_interval {settings.guidance_interval} holds no step of stage {number}: "
@@ -151,9 +175,12 @@ def make_plan(
     """
     _check_start(stages[0], low_res)
     count, steps = len(stages), choose_steps_of(stages, cfg)
-    editing = choose_editing(stages, cfg, edits)
     free = choose_free_guidance(stages, cfg)
     classifiers = choose_classifier_guidance(stages, cfg)
+    sizes = choose_sizes(stages, cfg.size)
+    tiles = choose_tiles(stages, cfg, sizes)
+    editing = choose_editing(stages, cfg, sizes, edits)
+    check_guides(stages, sizes, [part.classifier_scale for part in classifiers])
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
     scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
     _check_unread(stages, scales, levels, steps, cfg)
@@ -168,15 +195,17 @@ def make_plan(
             **asdict(free[number]),
             aug_level=levels[number] if stage.small_size else 0.0,
             **asdict(editing[number]),
+            **asdict(tiles[number]),
         )
         _check_stage(stage, settings)
-        process = settings.respace(stage.loaded.diffusion)
-        plans.append(StagePlan.make(settings, process, classifiers[number]))
+        plans.append(StagePlan.make(settings, stage, sizes[number], classifiers[number]))
     return Plan(
         seed=cfg.seed,
         stages=tuple(plans),
         rerank=cfg.rerank,
         rerank_stage=_rerank_stage(stages, cfg.rerank),
+        small=small_size(stages, sizes),
+        tile_batch=cfg.tile_batch,
         contrast=ContrastSet(contrast),
         edits=edits,
     )

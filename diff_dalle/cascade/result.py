@@ -16,6 +16,11 @@ from diff_dalle.cascade.consistency import Consistency, measure_stages
 from diff_dalle.sampling_io.store import Pictures
 
 
+def to_pictures(images: Tensor) -> Pictures:
+    """uint8 [B,3,H,W] on any device -> [B,H,W,3]."""
+    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
 @dataclass(frozen=True, kw_only=True)
 class CascadeResult:
     """Pictures of N prompts.
@@ -77,8 +82,3 @@ class Preview:
     step: int
     steps: int
     images: list[Image.Image]
-
-
-def to_pictures(images: Tensor) -> Pictures:
-    """uint8 [B,3,H,W] on any device -> [B,H,W,3]."""
-    return images.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -19,8 +19,9 @@ from diff_dalle.cascade.consistency import measure_stages
 from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.cascade.devices import devices_of_rank
 from diff_dalle.cascade.init_images import read_given
-from diff_dalle.cascade.inputs import Reader, Request, read_request
+from diff_dalle.cascade.inputs import Reader, Request, read_request, shrunk_to
 from diff_dalle.cascade.plan import Plan
+from diff_dalle.cascade.sizing import choose_sizes, small_size
 from diff_dalle.cascade.timing import Timing
 from diff_dalle.sampling_io.config import SampleConfig, in_short
 from diff_dalle.sampling_io.writer import OutputWriter
@@ -64,11 +65,10 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     Raises:
         UsageError: as `read_request`.
     """
-    first = cascade.stages[0]
-    reader = Reader(
-        reads_text=cascade.reads_text, small_size=first.small_size, image_size=first.image_size
-    )
-    given = read_given(cfg.init_images, cfg.masks, cascade.sizes, cfg.num_samples)
+    sizes = choose_sizes(cascade.stages, cfg.size)
+    small = small_size(cascade.stages, sizes)
+    reader = Reader(reads_text=cascade.reads_text, small=small, size=sizes[0])
+    given = read_given(cfg.init_images, cfg.masks, sizes, cfg.num_samples)
     request = read_request(cfg, reader, given)
     different = list(dict.fromkeys([*request.prompts, *request.edits.ends]))
     negative = list(dict.fromkeys(request.negative_prompts))
@@ -92,7 +92,7 @@ def open_writer(
     digest = hashlib.sha256(json.dumps(facts).encode())
     for picture in () if request.low_res is None else request.low_res:
         digest.update(picture.tobytes())
-    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), cascade.sizes)
+    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), plan.sizes)
 
 
 def draw_share(
@@ -115,7 +115,7 @@ def draw_share(
     with tqdm(total=len(mine) * plan.steps, unit="step", disable=rank > 0) as bar:
 
         def on_step(stage: int, step: int, x_0: Tensor) -> None:
-            bar.set_description(f"{cascade.sizes[stage]} px", refresh=False)
+            bar.set_description(f"{plan.names[stage]} px", refresh=False)
             bar.update(len(x_0))
 
         for indices, result in cascade.batches(
@@ -156,7 +156,7 @@ def manifest_of(
     candidates = {index: candidate for table in kept for index, candidate in table.items()}
     images: list[dict[str, Any]] = [
         {"index": n, "prompt": prompt.text, "source": prompt.source, "candidate": candidates[n]}
-        | {"consistency": _consistency_of(cascade, request, writer, n)}
+        | {"consistency": _consistency_of(cascade, plan, request, writer, n)}
         | plan.edits.describe_picture(n)
         for n, prompt in enumerate(request.prompts)
     ]
@@ -173,7 +173,7 @@ def manifest_of(
 
 
 def _consistency_of(
-    cascade: Cascade, request: Request, writer: OutputWriter, index: int
+    cascade: Cascade, plan: Plan, request: Request, writer: OutputWriter, index: int
 ) -> list[dict[str, float] | None]:
     """How well each stage of one picture kept to what it enlarged; None for a base model.
 
@@ -181,7 +181,8 @@ def _consistency_of(
     """
     small = None
     if request.low_res is not None:
-        small = cascade.enlarged(request.low_res[[index % len(request.low_res)]])
+        given = request.low_res[[index % len(request.low_res)]]
+        small = shrunk_to(given, plan.small, cascade.devices[0])
     stages = [store.read(index)[None] for store in writer.stores]
     parts = measure_stages(stages, small)
     return [None if part is None else part.to_json(0) for part in parts]
@@ -192,7 +193,10 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
     stages = []
     for number, (stage, part) in enumerate(zip(cascade.stages, plan.stages, strict=True)):
         drawn = plan.candidates(number)
+        height, width = part.size
         counts = {
+            "width": width,
+            "height": height,
             "steps": part.steps,
             "evaluations": plan.evaluations[number],
             "classifier_evaluations": drawn * part.classifier_evaluations,

@@ -68,6 +68,11 @@ class Stage:
         return self.loaded.run.generator.small_size
 
     @property
+    def downsampling(self) -> int:
+        """What sides of its pictures, and of tiles of them, must be multiples of, in pixels."""
+        return self.loaded.run.unet.downsampling
+
+    @property
     def reads_text(self) -> bool:
         """Whether its generator takes captions."""
         return self.loaded.run.generator.cond_text

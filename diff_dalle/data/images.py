@@ -1,4 +1,4 @@
-"""From the bytes of one image file to a square of pixels, or the reason why not.
+"""From the bytes of one image file to the pixels that a model sees, or the reason why not.
 
 A large JPEG is decoded at a reduced size by its own cosine transform (Pillow's ``draft``), but
 never below `DRAFT_FACTOR` times the size asked for, then resized with a Lanczos filter. The
@@ -42,6 +42,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+_QUARTER_TURNS = (5, 6, 7, 8)
+
 Pixels = NDArray[np.uint8]
 
 
@@ -60,22 +62,24 @@ class Crop:
     left: float
 
 
-def decode(data: bytes, size: int, *, crop: Crop | None = None, flip: bool = False) -> Pixels:
-    """The square that a model sees of an image file.
+def decode(
+    data: bytes, size: int | tuple[int, int], *, crop: Crop | None = None, flip: bool = False
+) -> Pixels:
+    """The part that a model sees of an image file: as much as its shape allows.
 
     Alpha is composed over white; CMYK, palettes, grey and 16-bit become 8-bit RGB; the EXIF
     orientation is applied; of an animation the first frame counts.
 
     Args:
         data: a whole JPEG, PNG or WebP file.
-        size: S, pixels.
-        crop: which square; None is the centre.
+        size: (H, W) in pixels of the upright picture; one number S for a square.
+        crop: which square; None is the centre, and the only one for other shapes.
         flip: mirror left and right.
     Returns:
-        uint8 [3,S,S], contiguous.
+        uint8 [3,H,W], contiguous.
     Raises:
         BadSample: "empty file", "not an image", "truncated", "broken", "bomb" (too many
-            pixels) or "too small" (the shorter side has fewer than S pixels).
+            pixels) or "too small" (a side has fewer pixels than are asked for).
         MemoryError: there is no room for the decoded picture.
     """
     if not data:
@@ -84,37 +88,60 @@ def decode(data: bytes, size: int, *, crop: Crop | None = None, flip: bool = Fal
         # Odd metadata and merely large images are no news for whoever trains.
         warnings.simplefilter("ignore")
         try:
-            picture = _square(data, size, crop)
+            height, width = (size, size) if isinstance(size, int) else size
+            if height != width and _lies(data):
+                height, width = width, height
+            picture = _part(data, (height, width), crop)
         except (BadSample, MemoryError, AttributeError):
             raise  # the last two are the machine's and the library's faults, not the file's
         except Exception as error:  # decoders raise anything on hostile bytes
             raise BadSample(reason_of(error)) from error
-    pixels = np.asarray(picture)  # [S,S,3]
+    pixels = np.asarray(picture)  # [H,W,3]
     if flip:
         pixels = pixels[:, ::-1]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def resized_and_corner(
-    width: int, height: int, size: int, crop: Crop | None
+    width: int, height: int, size: tuple[int, int], crop: Crop | None
 ) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Guided-diffusion's two steps: resize to (W, H), then cut S × S at (left, top)."""
-    shorter = size
+    """Guided-diffusion's two steps: resize to (W, H), then cut ``size`` at (left, top).
+
+    Args:
+        width: of the picture, pixels.
+        height: of the picture, pixels.
+        size: (height, width) of what is kept.
+        crop: which square; None is the centre.
+    """
+    kept_high, kept_wide = size
+    scale = max(kept_high / height, kept_wide / width)
     if crop is not None:
+        side = kept_high
         # A small image is not enlarged for the sake of a smaller crop.
-        largest = min(math.ceil(size / _SMALLEST_CROP), min(width, height))
-        shorter = _pick(crop.scale, size, largest)
-    scale = shorter / min(width, height)
+        largest = min(math.ceil(side / _SMALLEST_CROP), min(width, height))
+        scale = _pick(crop.scale, side, largest) / min(width, height)
     wide, high = round(width * scale), round(height * scale)
+    spare_wide, spare_high = wide - kept_wide, high - kept_high
     if crop is None:
-        return (wide, high), ((wide - size) // 2, (high - size) // 2)
-    return (wide, high), (_pick(crop.left, 0, wide - size), _pick(crop.top, 0, high - size))
+        return (wide, high), (spare_wide // 2, spare_high // 2)
+    return (wide, high), (_pick(crop.left, 0, spare_wide), _pick(crop.top, 0, spare_high))
 
 
-def _square(data: bytes, size: int, crop: Crop | None) -> Image.Image:
+def _lies(data: bytes) -> bool:
+    """Whether a viewer would turn the picture by a quarter."""
+    with Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+        # All but JPEG may be loaded for their metadata.
+        if picture.format != "JPEG" and picture.width * picture.height > MAX_PIXELS:
+            raise BadSample("bomb")
+        return _orientation(picture) in _QUARTER_TURNS
+
+
+def _part(data: bytes, size: tuple[int, int], crop: Crop | None) -> Image.Image:
+    """``size`` (H, W) counts along the axes of the file; what comes back is upright."""
     picture: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
     width, height = picture.size
-    if min(width, height) < size:
+    kept_high, kept_wide = size
+    if height < kept_high or width < kept_wide:
         raise BadSample("too small")
     (wide, high), (left, top) = resized_and_corner(width, height, size, crop)
     wanted = (math.ceil(DRAFT_FACTOR * wide), math.ceil(DRAFT_FACTOR * high))
@@ -131,11 +158,11 @@ def _square(data: bytes, size: int, crop: Crop | None) -> Image.Image:
     box = (
         left * across,
         top * down,
-        min((left + size) * across, picture.width),
-        min((top + size) * down, picture.height),
+        min((left + kept_wide) * across, picture.width),
+        min((top + kept_high) * down, picture.height),
     )
     # Resizing a box equals resizing the picture and cutting: the filter reads beyond the box.
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS, box)
+    picture = picture.resize((kept_wide, kept_high), Image.Resampling.LANCZOS, box)
     return picture if turn is None else picture.transpose(turn)
 
 

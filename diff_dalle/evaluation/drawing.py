@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diff_dalle.cascade import Cascade, CascadeResult
+from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.config import SampleConfig
 from diff_dalle.knobs import AUTO, knob, require
 from diff_dalle.sampling_io.outputs import make_output_folder
@@ -107,10 +108,9 @@ class Drawer:
             ),
             low_res,
         )
-        cut = self.cascade.describe_cut(
-            [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
-        )
-        cost = plan.describe_cost(self.cascade.sizes)
+        named = [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
+        cut = describe_cut(self.cascade.stages, named)
+        cost = plan.describe_cost()
         self._tell([*self.cascade.notes, *plan.notes(), *cut, cost])
         results = []
         name = f"drawing, seed {seed}, classifier scale {classifier_scale:g}"

@@ -6,6 +6,8 @@ of a head.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -152,18 +154,33 @@ class TextMemory:
         bias: `padding_bias` of the mask.
     """
 
-    def __init__(self, text: Tensor, mask: Tensor) -> None:
+    def __init__(
+        self,
+        text: Tensor,
+        mask: Tensor,
+        read: Callable[[CrossAttention], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
         self.text = text.masked_fill(~mask[:, :, None], 0.0)
         self.mask = mask
         self.bias = padding_bias(mask)
-        self._read: dict[CrossAttention, tuple[Tensor, Tensor]] = {}
+        self._read = read or (lambda attention: attention.read(self.text))
+        self._kept: dict[CrossAttention, tuple[Tensor, Tensor]] = {}
+
+    def of(self, numbers: Sequence[int]) -> TextMemory:
+        """What is remembered of some of the captions; one may be named more than once."""
+
+        def read(attention: CrossAttention) -> tuple[Tensor, Tensor]:
+            key, value = self.read_by(attention)
+            return key[numbers], value[numbers]
+
+        return TextMemory(self.text[numbers], self.mask[numbers], read)
 
     def read_by(self, attention: CrossAttention) -> tuple[Tensor, Tensor]:
         """`CrossAttention.read` of the text."""
-        if attention not in self._read:
+        if attention not in self._kept:
             with torch.no_grad():
-                self._read[attention] = attention.read(self.text)
-        return self._read[attention]
+                self._kept[attention] = self._read(attention)
+        return self._kept[attention]
 
 
 Text = Tensor | TextMemory

@@ -55,6 +55,19 @@ def activation_bytes(module: nn.Module, *inputs: Any) -> int:
     return kept
 
 
+def sampling_bytes(module: nn.Module, *inputs: Any) -> int:
+    """The most bytes that a forward pass without gradient holds at once, its result included.
+
+    Arguments as in `forward_flops`. Weights and inputs are not counted, nor are the kernels' own
+    buffers.
+    """
+    on_meta = _to_meta(module)
+    on_meta_inputs = [_to_meta(value) for value in inputs]
+    with torch.no_grad(), _Peak() as allocations:
+        on_meta(*on_meta_inputs)
+    return allocations.most
+
+
 def training_bytes(module: nn.Module, *inputs: Any, ema_rates: int = 1) -> int:
     """An estimate of the memory of one fp32 training step with Adam, in bytes.
 
@@ -89,6 +102,26 @@ class _Allocations(TorchDispatchMode):
     def alive(self) -> int:
         """Bytes of the remembered storages that something still holds."""
         return sum(size for storage, size in self.sizes.items() if not storage.expired())
+
+
+class _Peak(_Allocations):
+    """Remembers the most bytes, too, that were held at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        self.sizes = {storage: n for storage, n in self.sizes.items() if not storage.expired()}
+        self.most = max(self.most, sum(self.sizes.values()))
+        return out
 
 
 def _is_tensor(value: object) -> bool:

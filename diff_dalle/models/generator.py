@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require
 from diff_dalle.models.attention import Text, TextMemory
 from diff_dalle.models.layers import LevelEmbedding
+from diff_dalle.models.low_res import enlarge
 from diff_dalle.models.text import TextEncoder, TextEncoderConfig, masked_sum
 from diff_dalle.models.unet import UNet
 from diff_dalle.models.unet_config import UNetConfig
@@ -155,7 +155,7 @@ class Generator(nn.Module):
         enlarged = None
         if cond.low_res is not None:
             # ADM's way, and right for crops: low_res covers what x_t covers.
-            enlarged = F.interpolate(cond.low_res, x_t.shape[2:], mode="bilinear").to(x_t.dtype)
+            enlarged = enlarge(cond.low_res, (x_t.shape[2], x_t.shape[3])).to(x_t.dtype)
             x_t = torch.cat([x_t, enlarged], dim=1)  # [B,6,H,W]
         if self.aug_embed is not None:
             level = t.new_zeros(len(t)) if cond.aug_level is None else cond.aug_level

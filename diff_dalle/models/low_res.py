@@ -1,4 +1,4 @@
-"""What an upsampler sees of the smaller stage: shrunk, blurred, noised.
+"""What an upsampler sees of the smaller stage: shrunk, blurred, noised, enlarged.
 
 Pure functions of tensors. Notation: B batch, C channels, H W pixels, h w pixels when small.
 """
@@ -24,6 +24,18 @@ def downsample(image: Tensor, size: int | tuple[int, int]) -> Tensor:
     if height % h == 0 and width % w == 0:
         return F.avg_pool2d(image, (height // h, width // w))
     return F.interpolate(image, (h, w), mode="bicubic", antialias=True)
+
+
+def enlarge(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """How an upsampler is shown the small picture: stretched, bilinearly, over what it makes.
+
+    Args:
+        image: float [B,C,h,w].
+        size: (H, W) of the result in pixels; (h, w) leaves ``image`` exactly as it is.
+    Returns:
+        [B,C,H,W].
+    """
+    return F.interpolate(image, size, mode="bilinear")
 
 
 def gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 1) -> Tensor:

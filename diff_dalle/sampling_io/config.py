@@ -10,6 +10,7 @@ from typing import TypeVar
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import AUTO, knob, require, require_choice
 from diff_dalle.sampling_io.edit_config import EditConfig
+from diff_dalle.sampling_io.sizes import parse_size
 
 Value = TypeVar("Value")
 
@@ -88,6 +89,16 @@ class SampleConfig(EditConfig):
     aug_level: list[str] = knob(
         ["0.0"], "noise put on each upsampler's small picture, from 0 to 1, one a stage"
     )
+    size: str = knob(
+        AUTO, "picture of the last stage in pixels, WIDTHxHEIGHT, or auto (as trained)"
+    )
+    tile_size: list[str] = knob(
+        ["0"], "pixels of the tiles in which an upsampler is asked, one a stage (0: whole pictures)"
+    )
+    tile_overlap: list[str] = knob(
+        [AUTO], "pixels that tiles share at least, one a stage, or auto (a quarter of a tile)"
+    )
+    tile_batch: int = knob(1, "tiles an upsampler is asked about at once; memory and speed only")
     low_res: str | None = knob(
         None, "small pictures for an upsampler alone: samples.npz, or shards to scale down"
     )
@@ -109,6 +120,9 @@ class SampleConfig(EditConfig):
         super().__post_init__()
         require(self.num_samples >= 0, "num_samples", self.num_samples, "be 0 or more")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "be 1 or more")
+        require(self.tile_batch >= 1, "tile_batch", self.tile_batch, "be 1 or more")
+        if self.size != AUTO:
+            parse_size(self.size, "size")
         require(self.rerank >= 1, "rerank", self.rerank, "be 1 (no reranking) or more")
         # 65,500 px is the longest side that a JPEG file can have.
         fits = 1 <= self.grid_size <= 65_500

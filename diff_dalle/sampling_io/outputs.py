@@ -22,6 +22,7 @@ from PIL import Image
 
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.prompts import one_line
+from diff_dalle.sampling_io.sizes import Size
 from diff_dalle.sampling_io.store import Pictures, PictureStore
 from diff_dalle.sampling_io.writer import OutputWriter
 
@@ -171,18 +172,19 @@ class _Made:
 
 
 def _stem(store: PictureStore) -> str:
-    return f"samples_{store.count}x{store.size}x{store.size}x3"
+    height, width = store.size
+    return f"samples_{store.count}x{height}x{width}x3"
 
 
-def grid_shape(count: int, size: int, grid_size: int) -> tuple[int, int]:
+def grid_shape(count: int, size: Size, grid_size: int) -> tuple[int, int]:
     """Rows and columns of whole, unscaled pictures that fit; at least one each.
 
-    >>> grid_shape(count=10, size=64, grid_size=200)
-    (3, 3)
+    >>> grid_shape(count=10, size=(64, 48), grid_size=200)
+    (3, 4)
     """
-    each_axis = max(1, grid_size // size)
-    columns = min(each_axis, count)
-    return min(each_axis, -(-count // columns)), columns
+    down, across = (max(1, grid_size // side) for side in size)
+    columns = min(across, count)
+    return min(down, -(-count // columns)), columns
 
 
 def make_grid(pictures: Sequence[Pictures], rows: int, columns: int) -> Image.Image:

@@ -20,6 +20,8 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from diff_dalle.sampling_io.sizes import Size
+
 Pictures = NDArray[np.uint8]  # [N,H,W,3], or one picture [H,W,3]
 
 _CHUNK = 1 << 22  # bytes copied at once
@@ -27,11 +29,11 @@ _CHUNK = 1 << 22  # bytes copied at once
 
 @dataclass(frozen=True)
 class PictureStore:
-    """``count`` pictures of ``size`` x ``size`` pixels, uint8, RGB, in the file ``path``."""
+    """``count`` pictures of ``size`` (H, W) pixels, uint8, RGB, in the file ``path``."""
 
     path: Path
     count: int
-    size: int
+    size: Size
 
     def create(self) -> None:
         """Write the header and give the file its full length."""
@@ -47,7 +49,7 @@ class PictureStore:
 
     def write(self, indices: Sequence[int], pictures: Pictures) -> None:
         """Put pictures uint8 [B,H,W,3] in their places and bring them to the disk; any rank."""
-        expected = (len(indices), self.size, self.size, 3)
+        expected = (len(indices), *self.size, 3)
         if pictures.shape != expected or pictures.dtype != np.uint8:
             raise ValueError(f"pictures are {pictures.dtype} {pictures.shape}, not u8 {expected}")
         places = [self._offset(index) for index in indices]
@@ -65,7 +67,7 @@ class PictureStore:
         with open(self.path, "rb") as file:
             file.seek(self._offset(index))
             data = file.read(self._bytes_each)
-        return np.frombuffer(data, np.uint8).reshape(self.size, self.size, 3)
+        return np.frombuffer(data, np.uint8).reshape(*self.size, 3)
 
     def pack(self, target: Path) -> None:
         """Copy everything into ``target``, an npz with one array ``arr_0``, and fsync it."""
@@ -82,7 +84,7 @@ class PictureStore:
 
     @property
     def _header(self) -> bytes:
-        shape = (self.count, self.size, self.size, 3)
+        shape = (self.count, *self.size, 3)
         buffer = io.BytesIO()
         np.lib.format.write_array_header_1_0(
             buffer, {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -91,7 +93,7 @@ class PictureStore:
 
     @property
     def _bytes_each(self) -> int:
-        return self.size * self.size * 3
+        return self.size[0] * self.size[1] * 3
 
     @property
     def _bytes(self) -> int:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from diff_dalle.errors import UsageError
+from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.sampling_io.store import Pictures, PictureStore
 
 _REQUEST = "request"
@@ -35,7 +36,7 @@ class OutputWriter:
         folder: where the finished files go.
         work: the hidden folder inside it.
         count: N, the number of images.
-        sizes: the picture sizes of the stages in pixels, smallest first.
+        sizes: (H, W) of the stages' pictures in pixels, smallest first.
         kept: for each picture that earlier runs drew, the candidate that was kept.
         lock: an open file that keeps other processes out, on the rank that opened the folder.
     """
@@ -43,19 +44,19 @@ class OutputWriter:
     folder: Path
     work: Path
     count: int
-    sizes: tuple[int, ...]
+    sizes: tuple[Size, ...]
     kept: dict[int, int]
     lock: IO[str] | None
 
     @classmethod
-    def open(cls, folder: Path, request: str, count: int, sizes: Sequence[int]) -> OutputWriter:
+    def open(cls, folder: Path, request: str, count: int, sizes: Sequence[Size]) -> OutputWriter:
         """Make the hidden folder, or find what an interrupted run left; for one rank only.
 
         Args:
             folder: exists.
             request: hexadecimal hash of all that decides the pictures.
             count: N.
-            sizes: of the stages in pixels, smallest first.
+            sizes: (H, W) of the stages in pixels, smallest first.
         Raises:
             UsageError: the disk is too full, the folder cannot be written, or another process
                 draws the same pictures into it.
@@ -85,7 +86,7 @@ class OutputWriter:
     @property
     def stores(self) -> list[PictureStore]:
         """One store a stage."""
-        return [PictureStore(self.work / f"{n}.npy", self.count, n) for n in self.sizes]
+        return [PictureStore(self.work / f"{spell(n)}.npy", self.count, n) for n in self.sizes]
 
     def notes(self) -> list[str]:
         """What the user should know: whether an interrupted run goes on."""
@@ -184,7 +185,7 @@ class OutputWriter:
 
     def _require_room(self) -> None:
         # Everything is there twice while it is copied into the zips.
-        all_bytes = sum(self.count * size * size * 3 for size in self.sizes)
+        all_bytes = sum(self.count * h * w * 3 for h, w in self.sizes)
         needed = all_bytes * (2 - len(self.kept) / self.count)
         free = shutil.disk_usage(self.folder).free
         if free >= needed:

@@ -14,10 +14,11 @@ from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.guidance import Model, classifier_free
 from diff_dalle.diffusion.strength import scale_at_time
 from diff_dalle.models.generator import Cond, Generator
+from diff_dalle.models.tiles import TiledGenerator
 
 
 def guided_model(
-    generator: Generator,
+    generator: Generator | TiledGenerator,
     cond: Cond,
     negative: Cond | None,
     diffusion: GaussianDiffusion,
@@ -30,7 +31,7 @@ def guided_model(
     about B pictures only.
 
     Args:
-        generator: the stage's model.
+        generator: the stage's model, perhaps asked in tiles: guidance is for whole pictures.
         cond: what it is told, for B pictures; texts are encoded here, and read once by every
             layer, since they are the same at all steps.
         negative: tokens and mask [B,L], and in ``drop`` [B] the pictures for which the null

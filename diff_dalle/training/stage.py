@@ -24,6 +24,7 @@ from diff_dalle.diffusion.thresholding import make_clip
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.models.low_res import augment, downsample
+from diff_dalle.models.tiles import TiledGenerator
 from diff_dalle.training.editing import StageEdit
 from diff_dalle.training.guided import guided_model
 
@@ -52,6 +53,8 @@ class StageSettings:
             start from a given picture, noised.
         variation: share in [0, 1] of fresh noise beside that of a given picture, found by
             inverting DDIM; None starts as ``strength`` says.
+        tile_size: pixels a side of the tiles in which an upsampler is asked; 0: the whole picture.
+        tile_overlap: pixels that neighbouring tiles share at least; see `TiledGenerator`.
     """
 
     sampler: str = "ddpm"
@@ -68,6 +71,8 @@ class StageSettings:
     aug_level: float = 0.0
     strength: float = 1.0
     variation: float | None = None
+    tile_size: int = 0
+    tile_overlap: int = 0
 
     def respace(self, diffusion: GaussianDiffusion) -> GaussianDiffusion:
         """The process over the steps that are visited."""
@@ -95,10 +100,11 @@ def sample_stage(
     cond: Cond,
     keys: Tensor,
     *,
-    image_size: int,
+    image_size: int | tuple[int, int],
     settings: StageSettings,
     negative: Cond | None = None,
     guide: Guide | None = None,
+    tile_batch: int = 1,
     callback: Callable[[int, Tensor], None] | None = None,
     edit: StageEdit = NO_EDIT,
 ) -> Tensor:
@@ -110,11 +116,12 @@ def sample_stage(
         cond: tokens or encoded text and, for an upsampler, the *clean* small picture in
             ``low_res`` [B,3,h,w] in [-1, 1]; ``aug_level`` is filled in from the settings.
         keys: int64 [B]; all noise of a sample is a function of its key.
-        image_size: H = W of the picture, in pixels.
+        image_size: (H, W) of the picture in pixels; one number for both.
         settings: how to sample.
         negative: what classifier-free guidance leads away from; see `guided_model`.
         guide: (x_t, t [B]) -> gradient of log p(condition | x_t), already scaled. t counts
             the steps of the *respaced* process (`StageSettings.respace`).
+        tile_batch: tiles that the model is asked about at once; memory and speed only.
         callback: called after every step as (steps done, estimate of x_0 [B,3,H,W]).
         edit: what to start from and keep. ``strength`` below 1 and ``variation`` need its
             picture.
@@ -130,6 +137,12 @@ def sample_stage(
         )
     diffusion = settings.respace(diffusion)
     dtype = next(generator.parameters()).dtype
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    asked: Generator | TiledGenerator = generator
+    if settings.tile_size:
+        asked = TiledGenerator(
+            generator, size, settings.tile_size, settings.tile_overlap, tile_batch
+        )
 
     def noise(stream: int, shape: tuple[int, ...]) -> Tensor:
         return edit.noise(keys, shape, stream).to(dtype)
@@ -137,14 +150,14 @@ def sample_stage(
     with _evaluating(generator), torch.no_grad():
         cond = _augmented(edit.encode(generator, cond), settings.aug_level, noise)
         model = guided_model(
-            generator,
+            asked,
             cond,
             negative,
             diffusion,
             settings.guidance_scales(diffusion),
             settings.guidance_rescale,
         )
-        fresh = noise(_START, (3, image_size, image_size))  # [B,3,H,W]
+        fresh = noise(_START, (3, *size))  # [B,3,H,W]
         step_noise = lambda step, x: noise(_STEP_0 + step, tuple(x.shape[1:]))  # noqa: E731
         x_0 = SAMPLERS[settings.sampler](
             model,
@@ -178,9 +191,9 @@ def _start(
     return on_sphere(inverted, fresh, settings.variation)
 
 
-def shrink(pictures: Tensor, size: int) -> Tensor:
-    """uint8 [B,3,H,W] -> uint8 [B,3,size,size] as training shrinks; H and W at least ``size``."""
-    if pictures.shape[-1] == size:
+def shrink(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 [B,3,H,W] -> uint8 [B,3,h,w] as training shrinks; (h, w) at most H and W."""
+    if tuple(pictures.shape[2:]) == size:
         return pictures
     return to_uint8(downsample(from_uint8(pictures), size))
 

@@ -76,7 +76,6 @@ def test_an_upsampler_alone_is_held_against_what_it_was_given(folder: Path) -> N
     small = shrink(large, 16)
     assert result.low_res is not None
     assert np.abs(result.low_res.astype(int) - small).max() <= 1  # halves may round either way
-    np.testing.assert_array_equal(result.low_res, upsampler.enlarged(large))
     (told,) = result.consistency
     assert told is not None
     assert told.psnr.tolist() == measure(result.stages[0], result.low_res).psnr.tolist()
@@ -90,8 +89,8 @@ def test_one_line_has_the_means_of_every_upsampler() -> None:
         {"consistency": [None, entry(30.0, 2.0), entry(40.0, 1.0)]},
         {"consistency": [None, entry(31.0, 4.0), entry(42.0, 1.5)]},
     ]
-    assert describe_consistency(images, [64, 256, 1024]) == [
+    assert describe_consistency(images, ["64", "256", "1024"]) == [
         "shrunk, against what was enlarged, on average: 256 px 30.5 dB (3.0 of 255 grey levels), "
         "1024 px 41.0 dB (1.2 of 255 grey levels)"
     ]
-    assert describe_consistency([{"consistency": [None]}], [64]) == []
+    assert describe_consistency([{"consistency": [None]}], ["64"]) == []

@@ -150,10 +150,10 @@ def test_a_stage_larger_than_the_picture_follows_its_small_picture(cascade: Casc
     edit = Edit(init_images=PICTURE[:40, :40], masks=np.zeros((40, 40), np.uint8))
     with pytest.warns(UserWarning, match="holds 32 px, so stages from 64 px on follow"):
         drawn = cascade.sample(["a"], edit=edit, **FEW).stages
-    expected = edit.read([16, 32])
+    expected = edit.read([(16, 16), (32, 32)])
     assert expected is not None
     np.testing.assert_array_equal(drawn[1], expected.pictures)
-    small, _ = expected.at(16, [0], torch.device("cpu"))
+    small, _ = expected.at((16, 16), [0], torch.device("cpu"))
     assert largest_difference(drawn[0], ((small + 1) * 127.5).permute(0, 2, 3, 1).numpy()) <= 0
 
 

@@ -152,14 +152,14 @@ def test_the_plan_counts_what_is_evaluated(
     assert (part.steps, part.evaluations, part.classifier_evaluations) == counts
     guided_base.sample(PROMPTS[:3], **settings)
     assert (counter.generator, counter.clip) == (3 * counts[1], 3 * counts[2])
-    line = guided_base.plan(cfg).describe_cost(guided_base.sizes)
+    line = guided_base.plan(cfg).describe_cost()
     costs = f"16 px {counts[1]} (10 steps) and {counts[2]} of the CLIP"
     assert line == f"network evaluations a picture: {costs}"
 
 
 def test_the_cost_holds_every_candidate(guided: Cascade) -> None:
     cfg = SampleConfig(timestep_respacing=["5"], guidance_scale=["2", "1", "1"], rerank=3)
-    line = guided.plan(cfg).describe_cost(guided.sizes)
+    line = guided.plan(cfg).describe_cost()
     assert line.endswith(
         "16 px 30 (15 steps) and 15 of the CLIP, 32 px 5 (5 steps), 64 px 5 (5 steps)"
     )

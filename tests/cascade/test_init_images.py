@@ -13,13 +13,14 @@ from PIL import Image
 
 from diff_dalle.cascade.init_images import Given, read_given
 from diff_dalle.errors import UsageError
+from diff_dalle.sampling_io.sizes import Size
 
-SIZES = [16, 32]
+SIZES = [(16, 16), (32, 32)]
 PICTURE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
 MASK = np.random.default_rng(1).integers(0, 2, (32, 32), np.uint8) * 255
 
 
-def read(images: object, masks: object = (), sizes: list[int] = SIZES, limit: int = 0) -> Given:
+def read(images: object, masks: object = (), sizes: list[Size] = SIZES, limit: int = 0) -> Given:
     given = read_given(images, masks, sizes, limit)  # type: ignore[arg-type]
     assert given is not None
     return given
@@ -108,7 +109,7 @@ def test_a_mask_turns_with_a_picture_that_lies_on_its_side(
 def test_a_small_pixel_of_a_mask_is_as_white_as_its_whitest() -> None:
     mask = np.zeros((32, 32), np.uint8)
     mask[5, 8], mask[20, 21] = 255, 51
-    picture, drawn = read(PICTURE, mask).at(16, [0, 7], torch.device("cpu"))
+    picture, drawn = read(PICTURE, mask).at((16, 16), [0, 7], torch.device("cpu"))
     assert picture.shape == (2, 3, 16, 16) and drawn is not None
     expected = torch.zeros(16, 16)
     expected[2, 4], expected[10, 10] = 1, 0.2
@@ -121,8 +122,26 @@ def test_a_small_pixel_of_a_mask_is_as_white_as_its_whitest() -> None:
 
 def test_pictures_of_several_sizes_are_cut_to_what_all_of_them_hold() -> None:
     given = read([PICTURE, PICTURE[:20]])
-    assert given.size == 16 and given.larger == [32] and len(given.notes()) == 1
+    assert given.size == (16, 16) and given.larger == [(32, 32)] and len(given.notes()) == 1
     assert read([PICTURE, PICTURE]).notes() == []
+
+
+def test_other_shapes_are_the_middle_of_that_shape() -> None:
+    """32 x 16 px of a 50 x 40 picture, which has 32 x 26 at that scale."""
+    rng = np.random.default_rng(5)
+    smooth = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8)).resize((50, 40))
+    mask = np.zeros((40, 50), np.uint8)
+    mask[:8], mask[20, 49] = 255, 255
+    given = read(smooth, mask, sizes=[(8, 16), (16, 32), (32, 64)])
+    assert given.size == (16, 32) and given.larger == [(32, 64)]
+    assert "holds 32x16 px, so stages from 64x32 px" in given.notes()[0]
+    expected = smooth.resize((32, 26), Image.Resampling.LANCZOS).crop((0, 5, 32, 21))
+    assert np.abs(given.pictures[0].astype(int) - np.asarray(expected)).max() <= 1
+    assert given.masks is not None and given.masks.shape == (1, 16, 32)
+    white = np.argwhere(given.masks[0]).tolist()
+    assert white == [*([0, column] for column in range(32)), [8, 31]]
+    with pytest.raises(UsageError, match="is 50x40 px, but the first stage makes 20x44 px"):
+        read(smooth, sizes=[(44, 20)])
 
 
 def test_what_is_no_picture_is_named(tmp_path: Path) -> None:

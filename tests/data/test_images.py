@@ -104,16 +104,18 @@ def test_reduced_decoding_is_several_times_as_fast() -> None:
 @pytest.mark.parametrize("shape", [(100, 60), (60, 100), (16, 16), (17, 16), (2000, 21)])
 def test_crops_are_inside_and_follow_guided_diffusion(shape: tuple[int, int]) -> None:
     size, shorter = 16, min(shape)
-    assert resized_and_corner(*shape, size, None)[0][shape.index(shorter)] == size
+    assert resized_and_corner(*shape, (size, size), None)[0][shape.index(shorter)] == size
     edges = (0.0, 0.3, 0.7, 0.999999)
     for scale in edges:
         for top in edges:
-            (wide, high), corner = resized_and_corner(*shape, size, Crop(scale, top, 1 - top))
+            (wide, high), corner = resized_and_corner(
+                *shape, (size, size), Crop(scale, top, 1 - top)
+            )
             smallest = min(wide, high)
             assert size <= smallest <= min(math.ceil(size / 0.8), shorter)
             assert 0 <= corner[0] <= wide - size and 0 <= corner[1] <= high - size
     drawn = Counter(
-        min(resized_and_corner(100, 60, 16, Crop((n + 0.5) / 50, 0, 0))[0]) for n in range(50)
+        min(resized_and_corner(100, 60, (16, 16), Crop((n + 0.5) / 50, 0, 0))[0]) for n in range(50)
     )
     assert drawn == {16: 10, 17: 10, 18: 10, 19: 10, 20: 10}  # randrange(16, 21) there
 
@@ -141,6 +143,36 @@ def test_orientation_is_applied(orientation: int, kind: str) -> None:
     data = encoded(picture, kind, exif=exif, **options)
     upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     assert decibels(decode(data, 32), reference(upright, 32)) > 40
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
+def test_other_shapes_are_cut_from_the_upright_picture(orientation: int, kind: str) -> None:
+    """24 rows of 40 pixels: all of the width of what viewers show, or all of its height."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if kind == "JPEG" else {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(scene(200, 160), kind, exif=exif, **options)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    wide, high = upright.size
+    scale = max(24 / high, 40 / wide)
+    resized = upright.resize((round(wide * scale), round(high * scale)), Image.Resampling.LANCZOS)
+    left, top = (resized.width - 40) // 2, (resized.height - 24) // 2
+    expected = np.asarray(resized.crop((left, top, left + 40, top + 24))).transpose(2, 0, 1)
+    got = decode(data, (24, 40))
+    assert got.shape == expected.shape and decibels(got, expected) > 40
+
+
+def test_other_shapes_are_refused_by_the_upright_size() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying = encoded(scene(40, 20), "PNG", exif=exif)  # shown as 20 x 40
+    assert decode(lying, (40, 10)).shape == (3, 40, 10)
+    for size in ((10, 40), (41, 10), (40, 21)):
+        with pytest.raises(BadSample, match="too small"):
+            decode(lying, size)
+    with pytest.raises(BadSample, match="bomb"):
+        decode(huge_png(10_000), (16, 24))
 
 
 def test_unreadable_metadata_does_not_matter() -> None:

@@ -34,7 +34,7 @@ def write_run(
     folder: Path, stages: list[Pictures], *, png: bool = False, batch_size: int = 1
 ) -> list[Path]:
     count = len(stages[0])
-    writer = OutputWriter.open(folder, REQUEST, count, [len(stage[0]) for stage in stages])
+    writer = OutputWriter.open(folder, REQUEST, count, [stage.shape[1:3] for stage in stages])
     with writer.session(rank=0):
         missing = writer.share(0, 1)[::-1]  # any order
         for start in range(0, len(missing), batch_size):
@@ -94,7 +94,12 @@ def test_the_grid_shows_whole_unscaled_pictures(tmp_path: Path) -> None:
     ],
 )
 def test_grid_shape(count: int, size: int, grid_size: int, shape: tuple[int, int]) -> None:
-    assert grid_shape(count, size, grid_size) == shape
+    assert grid_shape(count, (size, size), grid_size) == shape
+
+
+def test_a_grid_of_wide_pictures_has_more_rows() -> None:
+    assert grid_shape(9, (64, 128), 256) == (4, 2)
+    assert grid_shape(9, (128, 64), 256) == (2, 4)
 
 
 def test_repeated_outputs_are_numbered_and_nothing_is_overwritten(tmp_path: Path) -> None:
@@ -115,7 +120,7 @@ def test_repeated_outputs_are_numbered_and_nothing_is_overwritten(tmp_path: Path
 
 def test_captions_and_manifest_survive_awkward_prompts(tmp_path: Path) -> None:
     prompts = ["two\nlines", "lone \ud800", "a\u2028b", "파란 별"]
-    writer = OutputWriter.open(tmp_path, REQUEST, 4, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 4, [(4, 4)])
     writer.write(range(4), [pictures(4, 4)], [0] * 4, rank=0)
     publish(writer, prompts, {"images": [{"prompt": text} for text in prompts]}, grid_size=64)
     lines = (tmp_path / "samples_4x4x4x3.txt").read_text(encoding="utf-8").splitlines()
@@ -126,7 +131,7 @@ def test_captions_and_manifest_survive_awkward_prompts(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_number_of_pictures(tmp_path: Path) -> None:
     count, size = 400, 128  # 20 MB
-    writer = OutputWriter.open(tmp_path, REQUEST, count, [size])
+    writer = OutputWriter.open(tmp_path, REQUEST, count, [(size, size)])
     few = pictures(8, size)
     tracemalloc.start()
     for start in range(0, count, 8):
@@ -168,14 +173,14 @@ def test_a_kill_at_any_moment_costs_no_picture_and_publishes_no_wrong_one(tmp_pa
 
 def test_what_was_drawn_is_not_drawn_again(tmp_path: Path) -> None:
     """Whatever the number of ranks; half a line of a record does not count."""
-    writer = OutputWriter.open(tmp_path, REQUEST, 7, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 7, [(4, 4)])
     assert [writer.share(rank, 3) for rank in range(3)] == [[0, 1], [2, 3], [4, 5, 6]]
     writer.write([2, 3], [pictures(2, 4)], [0, 5], rank=1)
     writer.write([4], [pictures(1, 4)], [1], rank=2)
     with open(writer.work / "done_2.txt", "a") as record:
         record.write("5 1 don")
     writer.lock.close()  # type: ignore[union-attr]
-    writer = OutputWriter.open(tmp_path, REQUEST, 7, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 7, [(4, 4)])
     assert writer.kept == {2: 0, 3: 5, 4: 1} and "3 of 7" in writer.notes()[0]
     assert [writer.share(rank, 2) for rank in range(2)] == [[0, 1], [5, 6]]
     writer.write([6], [pictures(1, 4)], [3], rank=2)
@@ -183,16 +188,16 @@ def test_what_was_drawn_is_not_drawn_again(tmp_path: Path) -> None:
 
 
 def test_only_the_same_request_goes_on(tmp_path: Path) -> None:
-    first = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    first = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     first.write([0], [pictures(1, 4)], [0], rank=0)
     first.lock.close()  # type: ignore[union-attr]
-    other = OutputWriter.open(tmp_path, "cd" * 32, 2, [4])
+    other = OutputWriter.open(tmp_path, "cd" * 32, 2, [(4, 4)])
     assert other.work != first.work and not other.kept and not other.notes()
     other.discard()
-    again = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    again = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     assert again.kept == {0: 0}
     with pytest.raises(UsageError, match="another process draws the same pictures"):
-        OutputWriter.open(tmp_path, REQUEST, 2, [4])
+        OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
 
 
 @pytest.mark.parametrize(
@@ -206,26 +211,26 @@ def test_an_interruption_says_what_is_kept(
     problem: type[BaseException],
     speaks: bool,
 ) -> None:
-    writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     with pytest.raises(problem), writer.session(rank):
         writer.write([0], [pictures(1, 4)], [0], rank=rank)
         raise problem
     told = capsys.readouterr().err
     assert ("1 of 2 pictures are kept in" in told) == speaks
-    assert OutputWriter.open(tmp_path, REQUEST, 2, [4]).kept == {0: 0}
+    assert OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)]).kept == {0: 0}
 
 
 def test_a_store_that_is_not_whole_is_begun_anew(tmp_path: Path) -> None:
-    writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     writer.write([0], [pictures(1, 4)], [0], rank=0)
     writer.lock.close()  # type: ignore[union-attr]
     os.truncate(writer.stores[0].path, 100)
-    writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     assert writer.kept == writer.recorded() == {} and writer.stores[0].is_whole()
 
 
 def test_a_machine_that_does_not_see_the_folder_is_told_to_share_it(tmp_path: Path) -> None:
-    writer = OutputWriter.open(tmp_path, REQUEST, 2, [4])
+    writer = OutputWriter.open(tmp_path, REQUEST, 2, [(4, 4)])
     writer.require_shared()
     elsewhere = replace(writer, work=tmp_path / "elsewhere")
     with pytest.raises(UsageError, match="give a --log_dir that all machines share"):
@@ -236,7 +241,7 @@ def test_stores_are_never_read_by_those_who_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over NFS a page would be read, changed and sent back whole, over another rank's bytes."""
-    store = PictureStore(tmp_path / "x.npy", 2, 4)
+    store = PictureStore(tmp_path / "x.npy", 2, (4, 4))
     store.create()
     opened, plain = [], os.open
 
@@ -289,7 +294,7 @@ def test_a_full_disk_is_refused_before_work(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 10**6, 10**6))
     with pytest.raises(UsageError, match="MB left"):
-        OutputWriter.open(tmp_path, REQUEST, 1000, [64])
+        OutputWriter.open(tmp_path, REQUEST, 1000, [(64, 64)])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -306,7 +311,7 @@ def test_output_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_store_refuses_foreign_pictures(tmp_path: Path) -> None:
-    store = PictureStore(tmp_path / "x.npy", 2, 4)
+    store = PictureStore(tmp_path / "x.npy", 2, (4, 4))
     store.create()
     with pytest.raises(ValueError):
         store.write([0], pictures(1, 5))

@@ -239,7 +239,7 @@ def test_an_edit_depends_on_its_key_and_not_on_its_batch(
 
 
 def test_pictures_shrink_as_in_training() -> None:
-    small = shrink(PICTURE, SIZE // 2)
+    small = shrink(PICTURE, (SIZE // 2, SIZE // 2))
     boxes = PICTURE.double().reshape(3, 3, SIZE // 2, 2, SIZE // 2, 2).mean((3, 5))
     assert small.dtype == torch.uint8 and float((small - boxes).abs().max()) <= 0.5 + 1e-4
-    assert shrink(PICTURE, SIZE) is PICTURE
+    assert shrink(PICTURE, (SIZE, SIZE)) is PICTURE
