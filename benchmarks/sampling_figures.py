@@ -59,7 +59,9 @@ class Grid:
             pen.multiline_text((2, top + number * step + 4), text, "black", font)
         for row, pictures in enumerate(self.cells):
             for column, pixels in enumerate(pictures):
-                picture = Image.fromarray(pixels).resize((CELL, CELL), Image.Resampling.LANCZOS)
+                picture = Image.fromarray(pixels)
+                shape = [round(CELL * side / max(picture.size)) for side in picture.size]
+                picture = picture.resize((shape[0], shape[1]), Image.Resampling.LANCZOS)
                 sheet.paste(picture, (LABEL + column * step, top + row * step))
         return sheet
 
@@ -193,6 +195,16 @@ def interpolation(models: Models) -> Grid:
     return Grid(rows, [f"frame {n}" for n in range(1, 6)], cells)
 
 
+def sizes(models: Models) -> Grid:
+    asked = {"as trained": "auto", "384x256": "384x256", "256x384": "256x384", "512": "512"}
+    tiles = {"whole": 0, "tiles of 128": 128, "tiles of 64": 64}
+    cells = [
+        [one(models.upsampled, size=size, tile_size=["0", str(tile)]) for tile in tiles.values()]
+        for size in asked.values()
+    ]
+    return Grid(list(asked), list(tiles), cells)
+
+
 FIGURES: dict[str, Callable[[Models], Grid]] = {
     "samplers": samplers,
     "guidance": guidance,
@@ -203,6 +215,7 @@ FIGURES: dict[str, Callable[[Models], Grid]] = {
     "image_to_image": image_to_image,
     "variations": variations,
     "interpolation": interpolation,
+    "sizes": sizes,
 }
 
 

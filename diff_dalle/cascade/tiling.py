@@ -41,7 +41,8 @@ def choose_tiles(stages: Sequence[Stage], cfg: SampleConfig, sizes: Sequence[Siz
             that leaves nothing of a tile, or flags that no stage reads.
     """
     count = len(stages)
-    tiles = per_stage(_whole(cfg.tile_size, "tile_size"), count, "tile_size")
+    asked = _whole(cfg.tile_size, "tile_size")
+    tiles = per_stage(asked, count, "tile_size")
     overlaps = per_stage(cfg.tile_overlap, count, "tile_overlap")
     if len(cfg.tile_size) == 1:  # one for all is for those that can be tiled
         tiles = [tile if s.small_size else 0 for tile, s in zip(tiles, stages, strict=True)]
@@ -51,11 +52,10 @@ def choose_tiles(stages: Sequence[Stage], cfg: SampleConfig, sizes: Sequence[Siz
     ]
     if any(found):
         return [tiling or Tiling() for tiling in found]
-    asked = " ".join(cfg.tile_size)
-    if asked != "0":
+    if any(asked):
         largest = spell(sizes[-1])
         raise UsageError(
-            f"--tile_size is {asked}: no upsampler here makes a larger picture (the last stage's "
+            f"--tile_size is {' '.join(cfg.tile_size)}: no upsampler here makes a larger picture (the last stage's "
             f"is {largest} px): give less, or 0"
         )
     for name, idle in (

@@ -14,6 +14,7 @@ import torch
 
 from diff_dalle import Cascade
 from diff_dalle.cascade import drawing
+from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator
 from diff_dalle.sampling_io.config import SampleConfig
@@ -131,8 +132,8 @@ def test_cut_prompts_are_warned_about_once_for_each_reader(
     Cascade.load(str(folder / "base.pt")).sample(["short", "long " * 60], steps=1)
     assert [str(one.message).split(":")[0] for one in recwarn] == ["prompt 1"]
     # Three generators and the CLIP have tokenizers of their own, which count differently.
-    assert len(guided.describe_cut([Prompt("red circle " * 20, "p")])) > 1
-    assert guided.describe_cut([Prompt("short", "p")]) == []
+    assert len(describe_cut(guided.stages, [Prompt("red circle " * 20, "p")])) > 1
+    assert describe_cut(guided.stages, [Prompt("short", "p")]) == []
 
 
 def test_one_prompt_needs_no_list(guided: Cascade) -> None:

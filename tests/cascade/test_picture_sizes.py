@@ -221,6 +221,8 @@ def test_a_quarter_is_shared_where_nothing_is_said(cascade: Cascade) -> None:
     settings = cascade.plan(SampleConfig(tile_size=["0", "20", "32"])).stages
     found = [(p.settings.tile_size, p.settings.tile_overlap) for p in settings]
     assert found == [(0, 0), (20, 4), (32, 8)]
+    settings = cascade.plan(SampleConfig(tile_size=["0", "0", "0"])).stages
+    assert [part.settings.tile_size for part in settings] == [0, 0, 0]
 
 
 @pytest.mark.parametrize(
