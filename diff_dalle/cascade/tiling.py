@@ -55,8 +55,8 @@ def choose_tiles(stages: Sequence[Stage], cfg: SampleConfig, sizes: Sequence[Siz
     if any(asked):
         largest = spell(sizes[-1])
         raise UsageError(
-            f"--tile_size is {' '.join(cfg.tile_size)}: no upsampler here makes a larger picture (the last stage's "
-            f"is {largest} px): give less, or 0"
+            f"--tile_size is {' '.join(cfg.tile_size)}: no upsampler here makes a larger picture "
+            f"(the last stage's is {largest} px): give less, or 0"
         )
     for name, idle in (
         ("tile_overlap", cfg.tile_overlap == [AUTO]),
