@@ -142,12 +142,10 @@ class SampleConfig(EditConfig):
         self._check_threshold()
         numbers(self.classifier_scale, "classifier_scale")
         numbers(self.guidance_scale, "guidance_scale")
-        phis = numbers(self.guidance_rescale, "guidance_rescale")
-        require(all(0 <= phi <= 1 for phi in phis), "guidance_rescale", phis, "lie between 0 and 1")
-        levels = numbers(self.aug_level, "aug_level")
-        require(
-            all(0 <= level <= 1 for level in levels), "aug_level", levels, "lie between 0 and 1"
-        )
+        for phi in numbers(self.guidance_rescale, "guidance_rescale"):
+            require(0 <= phi <= 1, "guidance_rescale", phi, "lie between 0 and 1")
+        for level in numbers(self.aug_level, "aug_level"):
+            require(0 <= level <= 1, "aug_level", level, "lie between 0 and 1")
 
     def _check_threshold(self) -> None:
         require_choice("threshold", self.threshold, (AUTO, "none", "static", "dynamic"))
