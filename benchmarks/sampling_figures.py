@@ -13,13 +13,14 @@ import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from diff_dalle import Cascade
-from diff_dalle.cascade import Edit
+from diff_dalle.cascade import Edit, SampleSettings
 from diff_dalle.data.captions import one_object_captions
 
 Pictures = NDArray[np.uint8]
@@ -66,9 +67,14 @@ class Grid:
         return sheet
 
 
-def one(cascade: Cascade, caption: str = CAPTIONS[0], **settings: object) -> Pictures:
+def one(
+    cascade: Cascade,
+    caption: str = CAPTIONS[0],
+    edit: Edit | None = None,
+    **settings: Unpack[SampleSettings],
+) -> Pictures:
     """The last stage's picture."""
-    result = cascade.sample([caption], seed=SEED, **settings)  # type: ignore[arg-type]
+    result = cascade.sample([caption], edit=edit, **{"seed": SEED, **settings})
     picture: Pictures = result.stages[-1][0]
     return picture
 
@@ -88,7 +94,7 @@ def samplers(models: Models) -> Grid:
 
 def guidance(models: Models) -> Grid:
     scales = (1, 2, 4, 8, 16)
-    kinds: dict[str, dict[str, object]] = {
+    kinds: dict[str, SampleSettings] = {
         "everywhere": {},
         "interval 1,5": {"guidance_interval": "1,5"},
         "schedule linear": {"guidance_schedule": "linear"},
@@ -148,7 +154,7 @@ def given_scene() -> Pictures:
 def inpainting(models: Models) -> Grid:
     given, mask = given_scene(), np.zeros((256, 256), np.uint8)
     mask[128:, :] = 255  # the lower half
-    guided = {"guidance_scale": ["4", "1"], "guidance_interval": ["1,5", "all"]}
+    guided: SampleSettings = {"guidance_scale": ["4", "1"], "guidance_interval": ["1,5", "all"]}
     cells = []
     for caption in CAPTIONS:
         edit = Edit(init_images=given, masks=mask)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from diff_dalle import Cascade
+from diff_dalle.cascade import SampleSettings
 from diff_dalle.data.captions import one_object_captions
 from diff_dalle.evaluation.alignment import right, shapes_detector, truth_of
 from diff_dalle.evaluation.features import FEATURES, extract
@@ -37,10 +39,10 @@ REFERENCES, CHUNK, RESAMPLES = 2_000, 50, 200
 Pictures = NDArray[np.uint8]
 
 
-def settings_of(arm: str) -> dict[str, list[str]]:
-    """The flags of an arm, one entry a stage."""
+def settings_of(arm: str) -> SampleSettings:
+    """What an arm stands for."""
     names = ("sampler", "steps", "step_spacing", "guidance_scale", "guidance_interval")
-    return {name: [value] for name, value in zip(names, arm.split(":"), strict=False)}
+    return cast(SampleSettings, dict(zip(names, arm.split(":"), strict=False)))
 
 
 def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pictures:
@@ -55,12 +57,8 @@ def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pict
             # A chunk has a seed of its own, so that it may be drawn alone.
             result = cascade.sample(
                 captions[start : start + CHUNK],
+                **settings,
                 seed=start,
-                sampler=settings["sampler"],
-                steps=settings["steps"],
-                step_spacing=settings["step_spacing"],
-                guidance_scale=settings.get("guidance_scale", 1.0),
-                guidance_interval=settings.get("guidance_interval", "all"),
                 batch_size=CHUNK,
             )
             np.save(path.with_suffix(".part.npy"), result.stages[0])

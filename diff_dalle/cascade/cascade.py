@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Unpack
 
 import torch
 
@@ -18,13 +19,14 @@ from diff_dalle.cascade.inputs import Request, check_small_pictures, request_tex
 from diff_dalle.cascade.offload import Residence
 from diff_dalle.cascade.plan import Plan, make_plan
 from diff_dalle.cascade.result import CascadeResult, Preview, to_pictures
+from diff_dalle.cascade.settings import SampleSettings, as_flags
 from diff_dalle.cascade.sizing import choose_sizes
 from diff_dalle.cascade.stages import Stage, StrPath, as_paths, load_stages
 from diff_dalle.cascade.streaming import previews
 from diff_dalle.cascade.turns import Turns
 from diff_dalle.knobs import AUTO
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator
-from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, in_short
+from diff_dalle.sampling_io.config import SampleConfig, in_short
 from diff_dalle.sampling_io.store import Pictures
 
 
@@ -104,109 +106,30 @@ class Cascade:
         self,
         prompts: str | Sequence[str],
         *,
-        seed: int = 0,
-        guidance_scale: PerStage = 1.0,
-        guidance_interval: PerStage = "all",
-        guidance_schedule: PerStage = "constant",
-        guidance_rescale: PerStage = 0.0,
-        negative_prompts: str | Sequence[str] = (),
-        classifier_scale: PerStage = 1.0,
-        classifier_interval: PerStage = "all",
-        classifier_schedule: PerStage = "constant",
-        contrast: str = "none",
-        sampler: str | Sequence[str] = AUTO,
-        steps: PerStage = AUTO,
-        step_spacing: str | Sequence[str] = AUTO,
-        use_ddim: bool = False,
-        ddim_eta: float = 0.0,
-        clip_denoised: bool = True,
-        threshold: str = AUTO,
-        threshold_percentile: float = 0.995,
-        threshold_max: float = 0.0,
-        aug_level: PerStage = 0.0,
-        rerank: int = 1,
-        batch_size: int = 4,
         low_res: Pictures | None = None,
         edit: Edit | None = None,
-        size: str | int = AUTO,
-        tile_size: PerStage = 0,
-        tile_overlap: PerStage = AUTO,
-        tile_batch: int = 1,
+        **settings: Unpack[SampleSettings],
     ) -> CascadeResult:
         """Pictures for prompts.
 
         Args:
             prompts: N captions; picture n is a function of (seed, n, its caption). A warning
                 names those of which only the beginning is read.
-            seed: of all noise.
-            guidance_scale: of classifier-free guidance; 1 is none.
-            guidance_interval: noise levels at which there is such guidance, "0.3,5" or "all".
-            guidance_schedule: how it goes over the steps: "constant", "linear" or "cosine".
-            guidance_rescale: give guided predictions their size back, 0 (no) to 1.
-            negative_prompts: captions that it leads away from, one for all or one a prompt; a
-                blank one is none.
-            classifier_scale: of the noised CLIP's gradient; 0 is none.
-            classifier_interval: as ``guidance_interval``, of the CLIP.
-            classifier_schedule: as ``guidance_schedule``, of the CLIP.
-            contrast: captions that the CLIP tells a prompt from: "none", "prompts" (all of
-                these) or a text file with one a line.
-            sampler: a name of `SAMPLERS`, or "auto".
-            steps: as the flag ``--steps``: 20, "ddim25", "smart50", "auto", ...
-            step_spacing: how a number of steps is spread: a name of `SPACINGS`, or "auto".
-            use_ddim: the older spelling of DDIM, with evenly spaced steps.
-            ddim_eta: DDIM's randomness, 0 to 1.
-            clip_denoised: keep estimates of x_0 within [-1, 1].
-            threshold: how, a name of `THRESHOLDS`; "auto" is as ``clip_denoised`` says.
-            threshold_percentile: of the dynamic threshold, in (0, 1].
-            threshold_max: its bound, 1 or more; 0 is none.
-            aug_level: noise on each upsampler's small picture, 0 to 1.
-            rerank: candidates a prompt, of which the first stage's noised CLIP chooses.
-            batch_size: pictures drawn at once.
             low_res: uint8 [N,h,w,3], the pictures to enlarge where the first stage is an
                 upsampler.
             edit: pictures to start from and to keep parts of, frames to other prompts.
-            size: of the last stage's pictures, "WIDTHxHEIGHT" or one side; "auto": as trained.
-            tile_size: pixels of the tiles in which an upsampler is asked; 0: whole pictures.
-            tile_overlap: pixels that tiles share at least; "auto": a quarter of a tile.
-            tile_batch: tiles that an upsampler is asked about at once.
+            settings: seed, guidance, sampler, steps, size and all else that `SampleSettings` lists.
         Raises:
             UsageError: a setting that the stages cannot follow.
         """
-        cfg = SampleConfig(
-            seed=seed,
-            guidance_scale=as_texts(guidance_scale),
-            guidance_interval=as_texts(guidance_interval),
-            guidance_schedule=as_texts(guidance_schedule),
-            guidance_rescale=as_texts(guidance_rescale),
-            negative_prompts=as_texts(negative_prompts),
-            classifier_scale=as_texts(classifier_scale),
-            classifier_interval=as_texts(classifier_interval),
-            classifier_schedule=as_texts(classifier_schedule),
-            contrast=contrast,
-            sampler=as_texts(sampler),
-            steps=as_texts(steps),
-            step_spacing=as_texts(step_spacing),
-            use_ddim=use_ddim,
-            ddim_eta=ddim_eta,
-            clip_denoised=clip_denoised,
-            threshold=threshold,
-            threshold_percentile=threshold_percentile,
-            threshold_max=threshold_max,
-            aug_level=as_texts(aug_level),
-            rerank=rerank,
-            batch_size=batch_size,
-            size=str(size),
-            tile_size=as_texts(tile_size),
-            tile_overlap=as_texts(tile_overlap),
-            tile_batch=tile_batch,
-        )
+        cfg = as_flags(settings)
         request, plan = self._ready(prompts, cfg, low_res, edit)
         batches = self.batches(
             plan,
             range(len(request.prompts)),
             request.texts,
             negative_prompts=request.negative_texts,
-            batch_size=batch_size,
+            batch_size=cfg.batch_size,
             low_res=request.low_res,
         )
         return CascadeResult.join([result for _, result in batches])
@@ -215,52 +138,15 @@ class Cascade:
         self,
         prompts: str | Sequence[str],
         *,
-        seed: int = 0,
-        guidance_scale: PerStage = 1.0,
-        guidance_interval: PerStage = "all",
-        guidance_schedule: PerStage = "constant",
-        guidance_rescale: PerStage = 0.0,
-        negative_prompts: str | Sequence[str] = (),
-        classifier_scale: PerStage = 1.0,
-        classifier_interval: PerStage = "all",
-        classifier_schedule: PerStage = "constant",
-        contrast: str = "none",
-        sampler: str | Sequence[str] = AUTO,
-        steps: PerStage = AUTO,
-        step_spacing: str | Sequence[str] = AUTO,
-        use_ddim: bool = False,
         low_res: Pictures | None = None,
         edit: Edit | None = None,
-        size: str | int = AUTO,
-        tile_size: PerStage = 0,
-        tile_overlap: PerStage = AUTO,
-        tile_batch: int = 1,
+        **settings: Unpack[SampleSettings],
     ) -> Iterator[Preview]:
         """The pictures of `sample` on their way, step by step and stage by stage, as one batch.
 
         Arguments are those of `sample`. Stop reading, and the sampling stops at its next step.
         """
-        cfg = SampleConfig(
-            seed=seed,
-            guidance_scale=as_texts(guidance_scale),
-            guidance_interval=as_texts(guidance_interval),
-            guidance_schedule=as_texts(guidance_schedule),
-            guidance_rescale=as_texts(guidance_rescale),
-            negative_prompts=as_texts(negative_prompts),
-            classifier_scale=as_texts(classifier_scale),
-            classifier_interval=as_texts(classifier_interval),
-            classifier_schedule=as_texts(classifier_schedule),
-            contrast=contrast,
-            sampler=as_texts(sampler),
-            steps=as_texts(steps),
-            step_spacing=as_texts(step_spacing),
-            use_ddim=use_ddim,
-            size=str(size),
-            tile_size=as_texts(tile_size),
-            tile_overlap=as_texts(tile_overlap),
-            tile_batch=tile_batch,
-        )
-        request, plan = self._ready(prompts, cfg, low_res, edit)
+        request, plan = self._ready(prompts, as_flags(settings), low_res, edit)
         return previews(
             lambda on_step: self.draw(
                 plan,
