@@ -26,12 +26,12 @@ from tqdm import tqdm
 
 from diff_dalle import Cascade
 from diff_dalle.cascade import SampleSettings
+from diff_dalle.cascade.settings import as_flags
 from diff_dalle.data.captions import one_object_captions
 from diff_dalle.evaluation.alignment import right, shapes_detector, truth_of
 from diff_dalle.evaluation.features import FEATURES, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import paired_difference
-from diff_dalle.sampling_io.config import SampleConfig
 
 ARMS = ["ddpm:250:uniform", "unipc:20:logsnr", "dpmpp_2m:20:logsnr", "ddim:20:uniform"]
 REFERENCES, CHUNK, RESAMPLES = 2_000, 50, 200
@@ -110,7 +110,7 @@ def main() -> None:
         verdicts = right(detector.detect_all(pictures), truths)["all"]
         found = features_of(pictures)
         first = first or (verdicts, found)
-        (plan,) = cascade.plan(SampleConfig(**settings_of(arm))).stages
+        (plan,) = cascade.plan(as_flags(settings_of(arm))).stages
         cells = [
             arm,
             str(plan.evaluations),
