@@ -4,7 +4,8 @@ python benchmarks/sampling_figures.py --cascade runs/base/ema.pt runs/up256/ema.
     --clip runs/clip/best.pt --out_dir docs/images
 python benchmarks/sampling_figures.py ... --figures guidance clip
 
-The models are trained on the demo scenes. Within a grid every picture has the same noise.
+The models are trained on the demo scenes. Within a grid every picture has the same
+noise, except where seeds are named.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def samplers(models: Models) -> Grid:
         ]
         for name in names
     ]
-    return Grid(names, [f"{n} evaluations" for n in counts], cells)
+    return Grid(names, [f"≤ {n} evaluations" for n in counts], cells)
 
 
 def guidance(models: Models) -> Grid:

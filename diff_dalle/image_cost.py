@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from diff_dalle.config import GeneratorRun, make_generator, parse_run
+from diff_dalle.diffusion.defaults import FAST_SAMPLER, default_steps
 from diff_dalle.models.cost import count_parameters, forward_flops
 from diff_dalle.models.generator import Cond, Generator
 
-# A base stage guided without a classifier evaluates its network with and without the caption.
-BASE_STEPS, BASE_EVALUATIONS_A_STEP = 20, 2
-UPSAMPLER_STEPS = (12, 6)  # from 64 to 256, from 256 to 1024; unguided
 CASCADES = {
     name: tuple(f"{name}-{size}" for size in (64, 256, 1024))
     for name in ("tiny", "base", "diff-dalle")
@@ -47,21 +45,19 @@ class StageCost:
 
 
 def cascade_cost(presets: Sequence[str], vocabulary: int) -> list[StageCost]:
-    """What an image costs at the steps above, its stages in order.
+    """What an image costs in the default number of steps, its stages in order.
+
+    A base model is guided without a classifier, so a step asks it with and without the caption;
+    upsamplers are not guided.
 
     Args:
-        presets: of a base model and up to two upsamplers.
+        presets: of a base model and of upsamplers.
         vocabulary: tokens that every text encoder is counted with.
     """
-    base = BASE_STEPS * BASE_EVALUATIONS_A_STEP
-    evaluations = [base, *UPSAMPLER_STEPS][: len(presets)]
-    return [
-        stage_cost(preset, count, vocabulary)
-        for preset, count in zip(presets, evaluations, strict=True)
-    ]
+    return [stage_cost(preset, vocabulary) for preset in presets]
 
 
-def stage_cost(preset: str, evaluations: int, vocabulary: int) -> StageCost:
+def stage_cost(preset: str, vocabulary: int) -> StageCost:
     """Count one stage on the meta device, where nothing is computed."""
     with torch.device("meta"):
         run = parse_run(GeneratorRun, ["--preset", preset, "--vocab_size", str(vocabulary)])
@@ -69,11 +65,18 @@ def stage_cost(preset: str, evaluations: int, vocabulary: int) -> StageCost:
     inputs = generator_inputs(run, batch=1, size=run.image_size)
     whole = forward_flops(generator, *inputs)
     text = _text_flops(generator, inputs[2])
+    upsampler = bool(run.generator.small_size)
+    steps = default_steps(
+        FAST_SAMPLER,
+        image_size=run.image_size,
+        upsampler=upsampler,
+        num_steps=run.process.diffusion_steps,
+    )
     return StageCost(
         preset=preset,
         parameters=count_parameters(generator),
         evaluation=whole - text,
-        evaluations=evaluations,
+        evaluations=steps if upsampler else 2 * steps,
         text=text,
     )
 

@@ -19,9 +19,7 @@ from diff_dalle.diffusion.losses import LossConfig
 from diff_dalle.diffusion.schedule import ProcessConfig
 from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.image_cost import (
-    BASE_STEPS,
     CASCADES,
-    UPSAMPLER_STEPS,
     cost_table,
     generator_inputs,
 )
@@ -122,13 +120,12 @@ def _at_once(run: GeneratorRun | ClassifierRun) -> int:
 
 def _cascade_lines() -> list[str]:
     """The section on what an image costs."""
-    upsamplers = " and ".join(map(str, UPSAMPLER_STEPS))
     lines = [
         "## What an image costs",
         "",
-        f"Counted for whole pictures with {BASE_STEPS} guided steps (two evaluations each), then "
-        f"{upsamplers} unguided ones. A caption is encoded once a stage, which the "
-        "last column includes; a noised CLIP would come on top.",
+        "Counted for whole pictures in the default number of steps, the base model's guided (two "
+        "evaluations each), the upsamplers' not. A caption is encoded once a stage, which the last "
+        "column includes; a noised CLIP would come on top.",
         "",
     ]
     for name in CASCADES:

@@ -48,7 +48,7 @@ def sample(argv: list[str]) -> None:
                 png, side = cfg.save_png, cfg.grid_size
                 told = describe_consistency(manifest["images"], plan.names)
                 files = publish(writer, request.texts, manifest, grid_size=side, png=png)
-                print(*timing.describe(cascade.sizes), *told, *files, sep="\n")
+                print(*timing.describe(plan.names), *told, *files, sep="\n")
     stop(world)
 
 

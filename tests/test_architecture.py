@@ -33,7 +33,7 @@ ARROWS = {
     "config": {"flags", "training", "sampling_io", "models", "diffusion", "data"},
     "loading": {"config", "training", "models", "diffusion", "data"},
     "conversion": {"config", "training", "models"},
-    "image_cost": {"config", "models"},
+    "image_cost": {"config", "diffusion", "models"},
     "preset_table": {"config", "image_cost", "presets", "models", "diffusion"},
     "cascade": {"loading", "config", "training", "sampling_io", "models", "diffusion", "data"},
     "evaluation": {

@@ -102,7 +102,7 @@ class Drawing:
         stage, plan = self.turns.stages[number], self.plan.stages[number]
         device, edits = stage.device, self.plan.edits
         # The stage's trained size names its noise, whatever size is drawn.
-        keys = edits.keys(self.plan.seed, self.indices, candidate, stage.image_size)
+        keys = edits.keys(self.plan.seeds, self.indices, candidate, stage.image_size)
         done = 0
 
         def callback(_: int, x_0: Tensor) -> None:

@@ -68,6 +68,24 @@ class Edit:
         )
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """Where the noise of pictures comes from.
+
+    Attributes:
+        seed: of all pictures, told apart by their numbers.
+        each: of single pictures, in order: each is drawn as the first picture of its own seed.
+            Empty for none.
+    """
+
+    seed: int
+    each: tuple[int, ...] = ()
+
+    def of(self, number: int) -> tuple[int, int]:
+        """A seed, and the number of a picture with it."""
+        return (self.each[number], 0) if self.each else (self.seed, number)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Edits:
     """What N pictures start from, keep and go to. Picture i is frame i % frames of its prompt.
@@ -84,10 +102,10 @@ class Edits:
     seed: int | None = None
     frames: int = 1
 
-    def keys(self, seed: int, indices: Sequence[int], candidate: int, size: int) -> Tensor:
+    def keys(self, seeds: Seeds, indices: Sequence[int], candidate: int, size: int) -> Tensor:
         """Keys of the noise of a stage of ``size`` pixels, int64 [B]; frames share theirs."""
-        parts = [key_of(seed, index // self.frames, candidate, size) for index in indices]
-        return torch.tensor(parts, dtype=torch.int64)
+        named = [seeds.of(index // self.frames) for index in indices]
+        return torch.tensor([key_of(*name, candidate, size) for name in named], dtype=torch.int64)
 
     def share(self, indices: Sequence[int]) -> Tensor:
         """How far along its way each picture lies, float64 [B] in [0, 1]."""
@@ -116,7 +134,7 @@ class Edits:
             return None
         keys, cond, device = None, None, stage.device
         if self.seed is not None:
-            keys = self.keys(self.seed, indices, candidate, stage.image_size).to(device)
+            keys = self.keys(Seeds(self.seed), indices, candidate, stage.image_size).to(device)
         texts = self.end_texts(indices)
         if texts and stage.tokenizer is not None:
             tokens, mask = stage.tokenizer.encode(texts, stage.text_length)

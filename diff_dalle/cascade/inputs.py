@@ -141,6 +141,7 @@ def read_request(cfg: SampleConfig, reader: Reader, given: Given | None = None) 
         low_res=low_res,
         notes=notes,
     )
+    _check_seeds(cfg, len(prompts))
     return request.with_edits(edits)
 
 
@@ -158,7 +159,7 @@ def request_texts(
         low_res: uint8 [N,h,w,3], or None.
         given: the pictures to edit.
     Raises:
-        UsageError: no prompt, or another number of pictures, of negative prompts or of ends.
+        UsageError: no prompt, or another number of pictures, of negative prompts, ends or seeds.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not texts:
@@ -175,7 +176,16 @@ def request_texts(
         low_res=low_res,
         notes=[],
     )
+    _check_seeds(cfg, len(named))
     return request.with_edits(make_edits(cfg, given, len(named)))
+
+
+def _check_seeds(cfg: SampleConfig, count: int) -> None:
+    if len(cfg.seeds) not in (0, count):
+        raise UsageError(
+            f"--seeds has {len(cfg.seeds)} entries for {count} "
+            f"{'picture' if count == 1 else 'pictures'}: give one each, or --seed for all"
+        )
 
 
 def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from diff_dalle.cascade.contrast import ContrastSet
-from diff_dalle.cascade.edits import NO_EDITS, Edits, choose_editing
+from diff_dalle.cascade.edits import NO_EDITS, Edits, Seeds, choose_editing
 from diff_dalle.cascade.guiding import (
     ClassifierGuidance,
     choose_classifier_guidance,
@@ -76,7 +76,7 @@ class Plan:
     """How a cascade is sampled.
 
     Attributes:
-        seed: of all noise.
+        seeds: of all noise.
         stages: one plan a stage.
         rerank: candidates drawn for each prompt, 1 or more.
         small: (h, w) of what the first stage enlarges; None for a base model.
@@ -86,7 +86,7 @@ class Plan:
         edits: what pictures start from, keep and go to.
     """
 
-    seed: int
+    seeds: Seeds
     stages: tuple[StagePlan, ...]
     rerank: int
     rerank_stage: int
@@ -200,7 +200,7 @@ def make_plan(
         _check_stage(stage, settings)
         plans.append(StagePlan.make(settings, stage, sizes[number], classifiers[number]))
     return Plan(
-        seed=cfg.seed,
+        seeds=Seeds(cfg.seed, tuple(cfg.seeds)),
         stages=tuple(plans),
         rerank=cfg.rerank,
         rerank_stage=_rerank_stage(stages, cfg.rerank),

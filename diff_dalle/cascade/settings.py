@@ -14,6 +14,7 @@ class SampleSettings(TypedDict, total=False):
 
     Attributes:
         seed: of all noise; 0 if left out.
+        seeds: of single pictures, one each: every one is the first picture of that ``seed``.
         guidance_scale: of classifier-free guidance; 1 is none.
         guidance_interval: noise levels at which there is such guidance, "0.3,5" or "all".
         guidance_schedule: how it goes over the steps: "constant", "linear" or "cosine".
@@ -39,11 +40,12 @@ class SampleSettings(TypedDict, total=False):
         batch_size: pictures drawn at once by `Cascade.sample`; 4 if left out.
         size: of the last stage's pictures, "WIDTHxHEIGHT" or one side; "auto": as trained.
         tile_size: pixels of the tiles in which an upsampler is asked; 0: whole pictures.
-        tile_overlap: pixels that tiles share at least; "auto": a quarter of a tile.
+        tile_overlap: pixels that tiles share at least; "auto": a quarter or more.
         tile_batch: tiles that an upsampler is asked about at once.
     """
 
     seed: int
+    seeds: Sequence[int]
     guidance_scale: PerStage
     guidance_interval: PerStage
     guidance_schedule: PerStage
@@ -90,6 +92,8 @@ def as_flags(settings: SampleSettings) -> SampleConfig:
     for name, value in settings.items():
         if hints[name] == list[str]:
             flags[name] = as_texts(value)  # type: ignore[arg-type]
+        elif hints[name] == list[int]:
+            flags[name] = list(value)  # type: ignore[call-overload]
         else:
             flags[name] = str(value) if hints[name] is str else value
     return SampleConfig(**flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,8 @@ def _tiling(stage: Stage, tile: int, overlap: str, size: Size) -> Tiling | None:
     must = f"be a multiple of {unit}, by the U-Net of {stage.path}"
     require(tile % unit == 0, "tile_size", tile, must)
     if overlap == AUTO:
-        return Tiling(tile_size=tile, tile_overlap=tile // (_SHARE * unit) * unit)
+        quarter = math.ceil(tile / (_SHARE * unit)) * unit  # up: tiles that share nothing show
+        return Tiling(tile_size=tile, tile_overlap=min(quarter, tile - unit))
     (shared,) = _whole([overlap], "tile_overlap")
     fits = shared < tile and shared % unit == 0
     must = f"be a multiple of {unit} and less than --tile_size ({tile})"

@@ -33,16 +33,16 @@ class Timing:
         """Seconds of each stage for one picture on one rank; no entry where nothing was drawn."""
         return [seconds / self.images for seconds in self.seconds] if self.images else []
 
-    def describe(self, sizes: Sequence[int]) -> list[str]:
+    def describe(self, names: Sequence[str]) -> list[str]:
         """A line for the user, or none where nothing was drawn.
 
         Args:
-            sizes: of the stages' pictures in pixels.
+            names: of the stages, the sizes of their pictures.
         """
         if not self.images:
             return []
-        parts = zip(sizes, self.per_image, strict=True)
-        told = ", ".join(f"{size} px {seconds:.2g} s" for size, seconds in parts)
+        parts = zip(names, self.per_image, strict=True)
+        told = ", ".join(f"{name} px {seconds:.2g} s" for name, seconds in parts)
         return [f"{told} a picture ({self.images} drawn)"]
 
     def to_json(self) -> dict[str, Any]:

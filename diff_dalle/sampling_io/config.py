@@ -63,7 +63,7 @@ class SampleConfig(EditConfig):
         aliases=["index_dir"],
     )
     num_samples: int = knob(
-        0, "number of images; the prompts repeat in order (0: one image a prompt)"
+        0, "number of images, --frames apart; prompts repeat in order (0: one image a prompt)"
     )
     batch_size: int = knob(4, "images sampled at once on each rank; changes memory and speed only")
     sampler: list[str] = knob(
@@ -96,7 +96,7 @@ class SampleConfig(EditConfig):
         ["0"], "pixels of the tiles in which an upsampler is asked, one a stage (0: whole pictures)"
     )
     tile_overlap: list[str] = knob(
-        [AUTO], "pixels that tiles share at least, one a stage, or auto (a quarter of a tile)"
+        [AUTO], "pixels that tiles share at least, one a stage, or auto (a quarter or more)"
     )
     tile_batch: int = knob(1, "tiles an upsampler is asked about at once; memory and speed only")
     low_res: str | None = knob(
@@ -104,6 +104,9 @@ class SampleConfig(EditConfig):
     )
     rerank: int = knob(1, "draw this many candidates a prompt and keep the noised CLIP's best")
     seed: int = knob(0, "an image is a function of the seed, its index and its prompt")
+    seeds: list[int] = knob(
+        [], "seeds of single images, one each: every one is the first image of that --seed"
+    )
     grid_size: int = knob(512, "side of grid.jpg in pixels; it shows at least one whole image")
     save_png: bool = knob(False, "also write every image as a PNG file")
     log_dir: str | None = knob(

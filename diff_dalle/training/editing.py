@@ -48,12 +48,14 @@ class Between:
         mask = (here.mask & (share < 1)) | (there.mask & (share > 0))
         return replace(here, tokens=None, text=torch.lerp(here.text, there.text, weight), mask=mask)
 
-    def noise(self, noise: Tensor, stream: int) -> Tensor:
-        """``noise`` [B,...] at the start, brought towards the same stream of the end's keys."""
+    def noise(self, keys: Tensor, noise: Tensor, stream: int) -> Tensor:
+        """``noise`` [B,...] of ``keys`` [B], brought towards the same stream of the end's keys."""
         if self.keys is None:
             return noise
         end = keyed_noise.normal(self.keys, tuple(noise.shape[1:]), stream).to(noise.dtype)
-        return on_sphere(noise, end, self.share)
+        same = (keys == self.keys).reshape(-1, *[1] * (noise.ndim - 1))
+        # A sphere's points are those of independent noises: the way from one to itself is none.
+        return torch.where(same, noise, on_sphere(noise, end, self.share))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,4 +91,4 @@ class StageEdit:
     def noise(self, keys: Tensor, shape: tuple[int, ...], stream: int) -> Tensor:
         """Standard normal numbers, float32 [B,*shape], as `keyed_noise.normal`."""
         noise = keyed_noise.normal(keys, shape, stream)
-        return self.between.noise(noise, stream) if self.between else noise
+        return self.between.noise(keys, noise, stream) if self.between else noise

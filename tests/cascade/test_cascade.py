@@ -192,3 +192,14 @@ def test_an_error_reaches_the_reader() -> None:
     assert next(items) == 1
     with pytest.raises(ValueError, match="broken"):
         next(items)
+
+
+def test_a_seed_of_its_own_makes_a_picture_the_first_of_that_seed(cascade: Cascade) -> None:
+    seeds = [7, 3, 7]
+    together = cascade.sample(PROMPTS[:3], seeds=seeds, steps=2, batch_size=2).stages
+    for number, seed in enumerate(seeds):
+        alone = cascade.sample(PROMPTS[number], seed=seed, steps=2).stages
+        for one, other in zip(alone, together, strict=True):
+            assert np.abs(one[0].astype(int) - other[number]).max() <= 1
+    with pytest.raises(UsageError, match="--seeds has 2 entries for 3 pictures: give one each"):
+        cascade.sample(PROMPTS[:3], seeds=[1, 2])

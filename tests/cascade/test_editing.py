@@ -114,6 +114,13 @@ def test_the_noise_stays_without_a_seed_and_the_prompt_without_an_end(cascade: C
     assert largest_difference(moved[0], moved[1]) > 10
 
 
+def test_the_way_from_a_noise_to_itself_is_none(cascade: Cascade) -> None:
+    """With an end of the same seed: frames of one caption are one picture."""
+    edit = Edit(interpolate_seed=3, frames=3)
+    for stage in cascade.sample(PROMPTS[:1], edit=edit, **FEW).stages:
+        assert largest_difference(stage[:1], stage) <= 1
+
+
 def test_frames_do_not_depend_on_the_batch(cascade: Cascade) -> None:
     edit = Edit(
         init_images=[PICTURE, OTHER],

@@ -220,7 +220,9 @@ def test_upsamplers_are_asked_in_tiles(cascade: Cascade, monkeypatch: pytest.Mon
 def test_a_quarter_is_shared_where_nothing_is_said(cascade: Cascade) -> None:
     settings = cascade.plan(SampleConfig(tile_size=["0", "20", "32"])).stages
     found = [(p.settings.tile_size, p.settings.tile_overlap) for p in settings]
-    assert found == [(0, 0), (20, 4), (32, 8)]
+    assert found == [(0, 0), (20, 6), (32, 8)]
+    settings = cascade.plan(SampleConfig(tile_size=["0", "2", "4"])).stages
+    assert [part.settings.tile_overlap for part in settings] == [0, 0, 2]  # units of 2 px
     settings = cascade.plan(SampleConfig(tile_size=["0", "0", "0"])).stages
     assert [part.settings.tile_size for part in settings] == [0, 0, 0]
 

@@ -70,7 +70,7 @@ def test_a_run_tells_what_it_drew() -> None:
     parts = [Timing(images=3, seconds=(6.0, 30.0)), Timing(images=1, seconds=(2.0, 8.5))]
     timing = Timing.total([*parts, Timing(images=0, seconds=(0.0, 0.0))])
     assert timing.per_image == [2.0, 9.625]
-    assert timing.describe([64, 256]) == ["64 px 2 s, 256 px 9.6 s a picture (4 drawn)"]
+    assert timing.describe(["64", "256"]) == ["64 px 2 s, 256 px 9.6 s a picture (4 drawn)"]
     assert timing.to_json() == {"images": 4, "seconds_per_image": [2.0, 9.625]}
     nothing = Timing(images=0, seconds=(0.0, 0.0))
-    assert nothing.describe([64, 256]) == [] and nothing.per_image == []
+    assert nothing.describe(["64", "256"]) == [] and nothing.per_image == []
