@@ -174,11 +174,14 @@ class GaussianDiffusion:
             return model_output, None
         return model_output[:, :channels], model_output[:, channels:]
 
-    def predict_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's estimate of the clean image, unclipped."""
+    def predict_x0(
+        self, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = False
+    ) -> Tensor:
+        """The network's estimate of the clean image; arguments as of `posterior`."""
         prediction, _ = self.split_output(model_output, x_t)
         kept = self.at("keep", t, x_t) * x_t
-        return (kept + self.at("gain", t, x_t) * prediction) / self.at("divisor", t, x_t)
+        x_0 = (kept + self.at("gain", t, x_t) * prediction) / self.at("divisor", t, x_t)
+        return apply_clip(x_0, clip)
 
     def posterior(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = True
@@ -191,7 +194,7 @@ class GaussianDiffusion:
             t: int64 [B].
             clip: see `Clip`; True clamps the estimate of x_0 to [-1, 1].
         """
-        x_0 = apply_clip(self.predict_x0(model_output, x_t, t), clip)
+        x_0 = self.predict_x0(model_output, x_t, t, clip=clip)
         mean = self.q_posterior(x_0, x_t, t).mean
         return Posterior(mean, self.log_variance(model_output, x_t, t), x_0)
 

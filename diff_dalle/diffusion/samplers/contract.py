@@ -69,7 +69,7 @@ def estimate_x0(
 
     Clipped again where it was led: a strong gradient would take it beyond what pictures hold.
     """
-    x_0 = apply_clip(diffusion.predict_x0(model_output, x_t, t), clip)
+    x_0 = diffusion.predict_x0(model_output, x_t, t, clip=clip)
     if gradient is None:
         return x_0
     return apply_clip(shift_score(diffusion, x_0, t, gradient), clip)

@@ -139,7 +139,7 @@ def invert_ddim(
         t = torch.full((len(x),), asked, device=x.device)
         output = ask(model, diffusion, x, t)
         if step == 0:
-            estimate = diffusion.posterior(output, x, t, clip=clip).x_0
+            estimate = diffusion.predict_x0(output, x, t, clip=clip)
             x = diffusion.add_noise(x, t, diffusion.eps_from_x0(estimate, x, t))
         else:
             x, estimate = ddim_inversion_step(diffusion, output, x, t, clip=clip)
@@ -157,7 +157,7 @@ def ddim_inversion_step(
     diffusion: GaussianDiffusion, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = True
 ) -> tuple[Tensor, Tensor]:
     """x_{t+1} = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next) eps, and the estimate x_0."""
-    x_0 = diffusion.posterior(model_output, x_t, t, clip=clip).x_0
+    x_0 = diffusion.predict_x0(model_output, x_t, t, clip=clip)
     eps = diffusion.eps_from_x0(x_0, x_t, t)
     return diffusion.at("signal_next", t, x_t) * x_0 + diffusion.at("sigma_next", t, x_t) * eps, x_0
 
