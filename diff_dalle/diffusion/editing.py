@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip, per_sample
 from diff_dalle.diffusion.guidance import Guide
 
 
@@ -72,5 +72,5 @@ def on_sphere(one: Tensor, other: Tensor, share: Tensor | float) -> Tensor:
     """
     shares = torch.as_tensor(share, dtype=torch.float64, device="cpu").expand(len(one))
     angles = torch.stack([1 - shares, shares]) * (math.pi / 2)  # sin: cos is not 0 at pi / 2
-    weights = angles.sin().to(one.dtype).to(one.device).reshape(2, -1, *[1] * (one.ndim - 1))
-    return weights[0] * one + weights[1] * other
+    of_one, of_other = angles.sin().to(one.dtype).to(one.device)  # [B] each
+    return per_sample(of_one, one) * one + per_sample(of_other, one) * other

@@ -228,7 +228,7 @@ class GaussianDiffusion:
         Float64 for a float64 ``x``, else float32. The names are those of `_tables`.
         """
         table = self._lookup(name, x.device, torch.promote_types(x.dtype, torch.float32))
-        return table[t].reshape(-1, *[1] * (x.ndim - 1))
+        return per_sample(table[t], x)
 
     def _lookup(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (name, device, dtype)
@@ -236,6 +236,11 @@ class GaussianDiffusion:
             # The type first: some accelerators hold no float64.
             self._on_device[key] = self._tables[name].to(dtype).to(device)
         return self._on_device[key]
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Values [B] as [B,1,1,1], to multiply with an ``x`` [B,C,H,W] of any rank."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def apply_clip(x_0: Tensor, clip: Clip) -> Tensor:

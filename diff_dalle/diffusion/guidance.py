@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import GaussianDiffusion, Posterior
+from diff_dalle.diffusion.gaussian import GaussianDiffusion, Posterior, per_sample
 from diff_dalle.diffusion.strength import ScaleAt, everywhere
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -120,5 +120,5 @@ def _led_away(cond: Tensor, uncond: Tensor, scales: Tensor, rescale: float) -> T
     """uncond + s (cond - uncond), perhaps `rescaled`; scales [B], the others [B,C,H,W]."""
     # Scales stay float32 beside halves, which hold three digits.
     scales = scales.to(torch.promote_types(cond.dtype, torch.float32)).to(cond.device)
-    guided = uncond + scales.reshape(-1, *[1] * (cond.ndim - 1)) * (cond - uncond)
+    guided = uncond + per_sample(scales, cond) * (cond - uncond)
     return rescaled(guided, cond, rescale) if rescale else guided

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, per_sample
 from diff_dalle.diffusion.guidance import Guide, Model, shift_mean
 from diff_dalle.diffusion.samplers.contract import Callback, Noise, ask, estimate_x0, flow_step
 
@@ -189,4 +189,4 @@ def _descend(
 
 def _after_first(t: Tensor, x: Tensor) -> Tensor:
     """1 where t > 0 and 0 where t = 0, [B,1,1,1]."""
-    return (t > 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return per_sample((t > 0).to(x.dtype), x)
