@@ -138,10 +138,6 @@ class GaussianDiffusion:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4)."""
         return self.at("signal", t, x_0) * x_0 + self.at("sigma", t, x_0) * eps
 
-    def x0_from_eps(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`add_noise` solved for x_0."""
-        return (x_t - self.at("sigma", t, x_t) * eps) / self.at("signal", t, x_t)
-
     def eps_from_x0(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`add_noise` solved for eps."""
         return (x_t - self.at("signal", t, x_t) * x_0) / self.at("sigma", t, x_t)
@@ -272,7 +268,6 @@ def _tables(schedule: Schedule) -> dict[str, Tensor]:
         "log_large": schedule.large_log_variance,
         "coef_x_0": schedule.posterior_coef_x_0,
         "coef_x_t": schedule.posterior_coef_x_t,
-        "reach": schedule.reach,
         "bounded_reach": schedule.bounded_reach,
     }
 
