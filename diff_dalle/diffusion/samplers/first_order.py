@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diff_dalle.diffusion.editing import KeepKnown
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, per_sample
 from diff_dalle.diffusion.guidance import Guide, Model, shift_mean
 from diff_dalle.diffusion.samplers.contract import Callback, Noise, ask, estimate_x0, flow_step
@@ -64,7 +65,9 @@ def ddpm_step(
     """
     posterior = diffusion.posterior(model_output, x_t, t, clip=clip)
     if gradient is not None:
-        posterior = shift_mean(posterior, gradient)
+        # This comes after the estimate that keeps the known part, so it heeds the mask itself.
+        share = clip.drawn if isinstance(clip, KeepKnown) else 1
+        posterior = shift_mean(posterior, share * gradient)
     std = torch.exp(0.5 * posterior.log_var) * _after_first(t, x_t)
     return posterior.mean + std * z, posterior.x_0
 
