@@ -27,15 +27,15 @@ NAMED_STEPS = {
 }
 """The lists of steps that DeepFloyd's IF publishes. They are section counts."""
 
+UNIFORM = "uniform"
 # Half log-SNR where the linear schedule of 1000 steps ends: 0.6 % of the picture is left. The
 # cosine schedule goes on to -9.9, where a grid would spend a quarter of its steps on next to
 # nothing.
 LEAST_HALF_LOG_SNR = -5.1
-UNIFORM = "uniform"
 RHO = 7  # Karras et al. 2022, section 3
 
 
-def choose_steps(alpha_bar: Tensor, spec: str, spacing: str = "uniform") -> list[int]:
+def choose_steps(alpha_bar: Tensor, spec: str, spacing: str = UNIFORM) -> list[int]:
     """The steps that a respacing keeps.
 
     Args:
