@@ -19,6 +19,9 @@ from torch import Tensor
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.knobs import knob, require, require_choice
 
+UNIFORM_SHARES = {"logsnr-normal": "logsnr_uniform", "logit-normal": "logit_uniform"}
+"""By sampler: the knob for the share of steps drawn uniformly, without which some have none."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepConfig:
@@ -40,7 +43,7 @@ class TimestepConfig:
         require_choice("schedule_sampler", self.schedule_sampler, list(TIMESTEP_SAMPLERS))
         for name in ("logsnr_std", "logit_std"):
             require(getattr(self, name) > 0, name, getattr(self, name), "be above 0")
-        for name in ("logsnr_uniform", "logit_uniform"):
+        for name in UNIFORM_SHARES.values():
             share = getattr(self, name)
             require(0 <= share <= 1, name, share, "be from 0 to 1")
 
