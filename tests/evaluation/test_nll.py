@@ -260,6 +260,7 @@ def test_broken_pictures_are_left_out_and_named(flags: dict[str, Any], tmp_path:
         ({"aug_level": 0.1}, "enlarges nothing"),
         ({"timestep_respacing": "21"}, "--timestep_respacing is '21'"),
         ({"precision": "fp8"}, "--precision is 'fp8'"),
+        ({"precision": "bf16", "use_fp16": True}, "--precision is 'bf16': it must be fp16 or left"),
         ({"image_size": 64}, "--image_size is 64, but the checkpoints make 16"),
         ({"image_size": 16, "num_channels": 64}, "was trained with 32"),
         ({"guidance_scale": 2}, "unknown argument --guidance_scale"),
