@@ -181,7 +181,7 @@ class Measurement:
         x_0 = from_uint8(batch.image)  # [B,3,H,W]
         generator = self.stage.loaded.generator
         with self._precision.autocast():
-            cond = generator.encode(self._told(batch, x_0))
+            cond = generator.remember(self._told(batch, x_0))
             return variational_bound(
                 lambda x_t, time: generator(x_t, time, cond),
                 x_0,
