@@ -197,8 +197,8 @@ class GaussianDiffusion:
     def log_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Log-variance of p(x_{t-1} | x_t), [B,C,H,W].
 
-        Learned: f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 for a network output v
-        that is meant to lie in [-1, 1] (Nichol and Dhariwal 2021, eq. 15).
+        Learned: f log beta + (1 - f) log beta_tilde with f = (upsilon + 1) / 2 for a network output
+        upsilon that is meant to lie in [-1, 1] (Nichol and Dhariwal 2021, eq. 15, where it is v).
         """
         _, logits = self.split_output(model_output, x_t)
         if logits is None:

@@ -55,8 +55,8 @@ class TimestepSampler(Protocol):
         """Float64 [T] on the CPU, sum 1."""
         ...
 
-    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps int64 [B] and loss weights float32 [B] for uniform ``u`` [B] in (0, 1)."""
+    def sample(self, r: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps int64 [B] and loss weights float32 [B] for uniform ``r`` [B] in (0, 1)."""
         ...
 
 
@@ -71,10 +71,10 @@ class UniformSampler:
         """Float64 [T]."""
         return torch.full((self.num_steps,), 1 / self.num_steps, dtype=torch.float64)
 
-    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """See `TimestepSampler.sample`."""
-        t = (u * self.num_steps).long().clamp(max=self.num_steps - 1)
-        return t, torch.ones_like(u, dtype=torch.float32)
+        t = (r * self.num_steps).long().clamp(max=self.num_steps - 1)
+        return t, torch.ones_like(r, dtype=torch.float32)
 
 
 class LossSecondMomentSampler:
@@ -105,11 +105,11 @@ class LossSecondMomentSampler:
             return even
         return (1 - self.uniform) * root_mean_square / total + self.uniform * even
 
-    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """See `TimestepSampler.sample`."""
         probabilities = self.probabilities()
-        t = _step_at(_cumulative(probabilities, u), u)
-        weights = (1 / (len(probabilities) * probabilities)).float().to(u.device)  # [T]
+        t = _step_at(_cumulative(probabilities, r), r)
+        weights = (1 / (len(probabilities) * probabilities)).float().to(r.device)  # [T]
         return t, weights[t]
 
     def update(self, t: Tensor, losses: Tensor) -> None:
@@ -175,12 +175,12 @@ class NormalSampler:
         """Float64 [T]."""
         return self._probabilities
 
-    def sample(self, u: Tensor) -> tuple[Tensor, Tensor]:
+    def sample(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """See `TimestepSampler.sample`."""
-        key = (u.device, u.dtype)
+        key = (r.device, r.dtype)
         if key not in self._on_device:
-            self._on_device[key] = _cumulative(self._probabilities, u)
-        return _step_at(self._on_device[key], u), torch.ones_like(u, dtype=torch.float32)
+            self._on_device[key] = _cumulative(self._probabilities, r)
+        return _step_at(self._on_device[key], r), torch.ones_like(r, dtype=torch.float32)
 
 
 def _second_moment(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> TimestepSampler:
@@ -231,11 +231,11 @@ def make_timestep_sampler(cfg: TimestepConfig, diffusion: GaussianDiffusion) -> 
     return TIMESTEP_SAMPLERS[cfg.schedule_sampler](cfg, diffusion)
 
 
-def _cumulative(probabilities: Tensor, u: Tensor) -> Tensor:
-    """The cumulative distribution [T], of the dtype and on the device of ``u``."""
-    return probabilities.cumsum(0).to(u.dtype).to(u.device)
+def _cumulative(probabilities: Tensor, r: Tensor) -> Tensor:
+    """The cumulative distribution [T], of the dtype and on the device of ``r``."""
+    return probabilities.cumsum(0).to(r.dtype).to(r.device)
 
 
-def _step_at(cumulative: Tensor, u: Tensor) -> Tensor:
-    """The step whose share of (0, 1) holds ``u``; int64 [B]."""
-    return torch.searchsorted(cumulative, u, right=True).clamp(max=len(cumulative) - 1)
+def _step_at(cumulative: Tensor, r: Tensor) -> Tensor:
+    """The step whose share of (0, 1) holds ``r``; int64 [B]."""
+    return torch.searchsorted(cumulative, r, right=True).clamp(max=len(cumulative) - 1)
