@@ -1,7 +1,7 @@
-"""Editing as parts of what a sampler takes: its clip, its first step, its noise.
+"""Editing as parts of what a sampler takes: its clip, its guide, its first step, its noise.
 
-All of it works with every sampler. Samplers know of `KeepKnown` alone, and only where a gradient
-meets it.
+All of it works with every sampler. What a guide leads is for the clip to say: samplers know of
+`KeepKnown`, and ask it where there is a gradient.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class KeepKnown:
     mask. Lugmayr et al. 2022 replace the same part of x_t instead; here the sampler itself takes
     it along the picture's own noised path, since its x_0 stays.
 
-    Done twice, grey pixels would keep m^2 of x_0, so an estimate that a gradient leads is only
-    `clip`ped before: see `samplers.contract.estimate_x0`.
+    Done twice, grey pixels would keep m^2 of x_0, so an estimate that a gradient leads is
+    only clipped first, see `samplers.contract.estimate_x0`.
 
     Attributes:
         clip: of the whole estimate, before the known part is put back.
