@@ -19,7 +19,7 @@ from diff_dalle.data.dataset import DataConfig
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
 from diff_dalle.diffusion.losses import UNIFORM, LossConfig
 from diff_dalle.diffusion.schedule import NoiseConfig, ProcessConfig, Schedule
-from diff_dalle.diffusion.timesteps import TimestepConfig
+from diff_dalle.diffusion.timesteps import UNIFORM_SHARES, TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.flags import Parser, parse_with_sources
 from diff_dalle.knobs import COMMA_LISTS, require
@@ -63,7 +63,7 @@ class GeneratorRun:
         sensible = not residual or (upsampler and self.process.resolved_prediction == "x0")
         must = "go with an upsampler (--small_size) and --prediction x0"
         require(sensible, "low_res_residual", residual, must)
-        _check_objective(self.process, self.loss, self.task)
+        _check_objective(self.process, self.loss, self.timesteps, self.task)
         _check_rate(self.optim, self.train)
 
     @property
@@ -109,11 +109,20 @@ class ClassifierRun:
         return self.clip.text_half()
 
 
-def _check_objective(process: ProcessConfig, loss: LossConfig, task: GeneratorTaskConfig) -> None:
+def _check_objective(
+    process: ProcessConfig,
+    loss: LossConfig,
+    timesteps: TimestepConfig,
+    task: GeneratorTaskConfig,
+) -> None:
     """Refuse parts of an objective that undo each other."""
     untrained = process.zero_terminal_snr and loss.loss_weighting != UNIFORM
     must = "be uniform with --zero_terminal_snr: others give the last step, noise alone, weight 0"
     require(not untrained, "loss_weighting", loss.loss_weighting, must)
+    share = UNIFORM_SHARES.get(timesteps.schedule_sampler)
+    if process.zero_terminal_snr and share:
+        must = "be above 0 with --zero_terminal_snr: else the last step is never drawn"
+        require(getattr(timesteps, share) > 0, share, getattr(timesteps, share), must)
     aimless = loss.use_kl and task.input_perturbation > 0
     must = "be 0 with --use_kl: the bound of a noisier x_t asks for all of its noise"
     require(not aimless, "input_perturbation", task.input_perturbation, must)

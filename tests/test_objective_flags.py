@@ -32,6 +32,8 @@ NEWER = {
     [
         "--zero_terminal_snr --prediction v --loss_weighting min-snr",
         "--zero_terminal_snr --prediction v --loss_weighting sigmoid",
+        "--zero_terminal_snr --prediction v --schedule_sampler logsnr-normal --logsnr_uniform 0",
+        "--zero_terminal_snr --prediction v --schedule_sampler logit-normal --logit_uniform 0",
         "--use_kl --input_perturbation 0.1",
         "--use_kl --loss_weighting min-snr",
         "--predict_xstart --prediction flow",
@@ -42,6 +44,19 @@ def test_objectives_that_undo_themselves_are_refused(flags: str) -> None:
     with pytest.raises(UsageError, match="^--.* is .*: it must ") as caught:
         parse_run(GeneratorRun, flags.split())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--noise_schedule flow --prediction v --schedule_sampler logit-normal --logit_uniform 0",
+        "--zero_terminal_snr --prediction v --schedule_sampler logsnr-normal --logit_uniform 0",
+        "--zero_terminal_snr --prediction v --logsnr_uniform 0 --logit_uniform 0",
+    ],
+)
+def test_noise_alone_may_be_left_out_where_it_is_one_end_of_a_path(flags: str) -> None:
+    """And a share that nothing reads is not asked about."""
+    parse_run(GeneratorRun, flags.split())
 
 
 @pytest.mark.parametrize("run_class", [GeneratorRun, ClassifierRun])

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.diffusion.gaussian import GaussianDiffusion, per_sample
 from diff_dalle.diffusion.guidance import Guide
 from diff_dalle.diffusion.strength import ScaleAt, everywhere
 
@@ -86,8 +86,7 @@ def clip_gradient(
             x = x_t.detach().requires_grad_(True)
             total = log_probability(encode_image(x, to_model_time(t))).sum()
             (gradient,) = torch.autograd.grad(total, x)
-        scales = scales.to(x_t.dtype).to(x_t.device)
-        return scales.reshape(-1, *[1] * (x_t.ndim - 1)) * gradient
+        return per_sample(scales.to(x_t.dtype).to(x_t.device), x_t) * gradient
 
     return guide
 

@@ -1,50 +1,52 @@
 """Editing as parts of what a sampler takes: its clip, its guide, its first step, its noise.
 
-No sampler knows of it, so all of it works with every one of them.
+All of it works with every sampler. What a guide leads is for the clip to say: samplers know of
+`KeepKnown`, and ask it where there is a gradient.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip
-from diff_dalle.diffusion.guidance import Guide
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip, per_sample
 
 
-def keep_known(clip: Clip, picture: Tensor, drawn: Tensor) -> Clip:
+@dataclass(frozen=True)
+class KeepKnown:
     """A clip that also puts the known part of a picture into each estimate of x_0.
 
     x_0 <- (1 - m) picture + m x_0, m = ``drawn``: the projection of Wang et al. 2023 for a
     mask. Lugmayr et al. 2022 replace the same part of x_t instead; here the sampler itself takes
     it along the picture's own noised path, since its x_0 stays.
 
-    Args:
+    Done twice, grey pixels would keep m^2 of x_0, so an estimate that a gradient leads is
+    only clipped first, see `samplers.contract.estimate_x0`.
+
+    Attributes:
         clip: of the whole estimate, before the known part is put back.
         picture: [B,C,H,W].
         drawn: m in [0, 1], [B,1,H,W]: 0 where the picture is known, 1 where it is drawn.
     """
-    return lambda x_0: torch.lerp(picture, apply_clip(x_0, clip), drawn)
 
+    clip: Clip
+    picture: Tensor
+    drawn: Tensor
 
-def guide_drawn(guide: Guide, drawn: Tensor) -> Guide:
-    """A guide that leads the drawn part alone.
+    def __call__(self, x_0: Tensor) -> Tensor:
+        """The estimate clipped, then blended with the picture."""
+        return torch.lerp(self.picture, apply_clip(x_0, self.clip), self.drawn)
 
-    Ancestral sampling moves x_{t-1} by the gradient after the estimate is clipped, so what is
-    known has to be left out of the gradient too.
+    def led(self, x_0: Tensor) -> Tensor:
+        """An estimate that a gradient has led, [B,C,H,W], as ``self`` wants it.
 
-    Args:
-        guide: of the whole picture.
-        drawn: m of `keep_known`, [B,1,H,W].
-    """
-
-    def masked(x_t: Tensor, t: Tensor) -> Tensor | None:
-        gradient = guide(x_t, t)
-        return None if gradient is None else drawn * gradient
-
-    return masked
+        What is wholly known is put back before it is clipped too: where the gradient led it must
+        not raise the quantile of a dynamic threshold.
+        """
+        return self(torch.where(self.drawn > 0, x_0, self.picture))
 
 
 def first_steps(diffusion: GaussianDiffusion, strength: float) -> GaussianDiffusion:
@@ -72,5 +74,5 @@ def on_sphere(one: Tensor, other: Tensor, share: Tensor | float) -> Tensor:
     """
     shares = torch.as_tensor(share, dtype=torch.float64, device="cpu").expand(len(one))
     angles = torch.stack([1 - shares, shares]) * (math.pi / 2)  # sin: cos is not 0 at pi / 2
-    weights = angles.sin().to(one.dtype).to(one.device).reshape(2, -1, *[1] * (one.ndim - 1))
-    return weights[0] * one + weights[1] * other
+    of_one, of_other = angles.sin().to(one.dtype).to(one.device)  # [B] each
+    return per_sample(of_one, one) * one + per_sample(of_other, one) * other

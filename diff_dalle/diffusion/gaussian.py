@@ -138,10 +138,6 @@ class GaussianDiffusion:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) eps (Ho et al. 2020, eq. 4)."""
         return self.at("signal", t, x_0) * x_0 + self.at("sigma", t, x_0) * eps
 
-    def x0_from_eps(self, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """`add_noise` solved for x_0."""
-        return (x_t - self.at("sigma", t, x_t) * eps) / self.at("signal", t, x_t)
-
     def eps_from_x0(self, x_0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """`add_noise` solved for eps."""
         return (x_t - self.at("signal", t, x_t) * x_0) / self.at("sigma", t, x_t)
@@ -174,11 +170,14 @@ class GaussianDiffusion:
             return model_output, None
         return model_output[:, :channels], model_output[:, channels:]
 
-    def predict_x0(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The network's estimate of the clean image, unclipped."""
+    def predict_x0(
+        self, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = False
+    ) -> Tensor:
+        """The network's estimate of the clean image; arguments as of `posterior`."""
         prediction, _ = self.split_output(model_output, x_t)
         kept = self.at("keep", t, x_t) * x_t
-        return (kept + self.at("gain", t, x_t) * prediction) / self.at("divisor", t, x_t)
+        x_0 = (kept + self.at("gain", t, x_t) * prediction) / self.at("divisor", t, x_t)
+        return apply_clip(x_0, clip)
 
     def posterior(
         self, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = True
@@ -191,15 +190,15 @@ class GaussianDiffusion:
             t: int64 [B].
             clip: see `Clip`; True clamps the estimate of x_0 to [-1, 1].
         """
-        x_0 = apply_clip(self.predict_x0(model_output, x_t, t), clip)
+        x_0 = self.predict_x0(model_output, x_t, t, clip=clip)
         mean = self.q_posterior(x_0, x_t, t).mean
         return Posterior(mean, self.log_variance(model_output, x_t, t), x_0)
 
     def log_variance(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Log-variance of p(x_{t-1} | x_t), [B,C,H,W].
 
-        Learned: f log beta + (1 - f) log beta_tilde with f = (v + 1) / 2 for a network output v
-        that is meant to lie in [-1, 1] (Nichol and Dhariwal 2021, eq. 15).
+        Learned: f log beta + (1 - f) log beta_tilde with f = (upsilon + 1) / 2 for a network output
+        upsilon that is meant to lie in [-1, 1] (Nichol and Dhariwal 2021, eq. 15, where it is v).
         """
         _, logits = self.split_output(model_output, x_t)
         if logits is None:
@@ -225,7 +224,7 @@ class GaussianDiffusion:
         Float64 for a float64 ``x``, else float32. The names are those of `_tables`.
         """
         table = self._lookup(name, x.device, torch.promote_types(x.dtype, torch.float32))
-        return table[t].reshape(-1, *[1] * (x.ndim - 1))
+        return per_sample(table[t], x)
 
     def _lookup(self, name: str, device: torch.device, dtype: torch.dtype) -> Tensor:
         key = (name, device, dtype)
@@ -233,6 +232,11 @@ class GaussianDiffusion:
             # The type first: some accelerators hold no float64.
             self._on_device[key] = self._tables[name].to(dtype).to(device)
         return self._on_device[key]
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """Values [B] as [B,1,1,1], to multiply with an ``x`` [B,C,H,W] of any rank."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def apply_clip(x_0: Tensor, clip: Clip) -> Tensor:
@@ -264,7 +268,6 @@ def _tables(schedule: Schedule) -> dict[str, Tensor]:
         "log_large": schedule.large_log_variance,
         "coef_x_0": schedule.posterior_coef_x_0,
         "coef_x_t": schedule.posterior_coef_x_t,
-        "reach": schedule.reach,
         "bounded_reach": schedule.bounded_reach,
     }
 

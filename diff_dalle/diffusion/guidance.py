@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import GaussianDiffusion, Posterior
+from diff_dalle.diffusion.gaussian import GaussianDiffusion, Posterior, per_sample
 from diff_dalle.diffusion.strength import ScaleAt, everywhere
 
 Model = Callable[[Tensor, Tensor], Tensor]
@@ -34,28 +34,22 @@ def shift_mean(posterior: Posterior, gradient: Tensor) -> Posterior:
     return replace(posterior, mean=posterior.mean + posterior.log_var.exp() * gradient)
 
 
-def shift_score(
-    diffusion: GaussianDiffusion,
-    x_0: Tensor,
-    t: Tensor,
-    gradient: Tensor,
-    *,
-    bounded: bool = True,
-) -> Tensor:
-    """x_0 of eps - sqrt(1 - alpha_bar) g (Dhariwal and Nichol 2021, algorithm 2), any sampler's.
+def shift_score(diffusion: GaussianDiffusion, x_0: Tensor, t: Tensor, gradient: Tensor) -> Tensor:
+    """x_0 of eps - sqrt(1 - alpha_bar) g (Dhariwal and Nichol 2021, algorithm 2), but bounded.
+
+    As published x_0 moves by (1 - alpha_bar) / sqrt(alpha_bar) g, without bound where noise is
+    near total. Here it moves so far at most that a step of DDIM with eta 0 moves x_{t-1} as
+    `shift_mean` would. Steps that weigh x_0 more move up to two and a half times as far.
 
     Args:
         diffusion: the process.
         x_0: [B,C,H,W], the estimate of the unguided model.
         t: int64 [B].
         gradient: as in `shift_mean`.
-        bounded: move x_{t-1} no further than `shift_mean` would. As published x_0 moves by
-            (1 - alpha_bar) / sqrt(alpha_bar) g, without bound where noise is near total.
     Returns:
         x_0 [B,C,H,W], not clipped again.
     """
-    reach = diffusion.at("bounded_reach" if bounded else "reach", t, x_0)
-    return x_0 + reach * gradient
+    return x_0 + diffusion.at("bounded_reach", t, x_0) * gradient
 
 
 def classifier_free(
@@ -120,5 +114,5 @@ def _led_away(cond: Tensor, uncond: Tensor, scales: Tensor, rescale: float) -> T
     """uncond + s (cond - uncond), perhaps `rescaled`; scales [B], the others [B,C,H,W]."""
     # Scales stay float32 beside halves, which hold three digits.
     scales = scales.to(torch.promote_types(cond.dtype, torch.float32)).to(cond.device)
-    guided = uncond + scales.reshape(-1, *[1] * (cond.ndim - 1)) * (cond - uncond)
+    guided = uncond + per_sample(scales, cond) * (cond - uncond)
     return rescaled(guided, cond, rescale) if rescale else guided

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
 from diff_dalle.diffusion.guidance import Model
 from diff_dalle.diffusion.losses import normal_kl, vb_terms_bpd
 from diff_dalle.diffusion.samplers import Noise
@@ -99,7 +99,7 @@ def _terms(
     """vb, xstart_mse and mse of one step, [3,B]."""
     model_output = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
     vb = vb_terms_bpd(diffusion, model_output, x_0, x_t, t, clip=clip)
-    estimate = apply_clip(diffusion.predict_x0(model_output, x_t, t), clip)
+    estimate = diffusion.predict_x0(model_output, x_t, t, clip=clip)
     implied = diffusion.eps_from_x0(estimate, x_t, t)
     errors = torch.stack([(estimate - x_0) ** 2, (implied - eps) ** 2])  # [2,B,C,H,W]
     return torch.cat([vb[None], errors.flatten(2).mean(dim=2)])

@@ -99,7 +99,7 @@ def training_losses(
         x_0: [B,C,H,W] clean images.
         x_t: [B,C,H,W] what the network saw.
         t: int64 [B].
-        noise: [B,C,H,W], the noise in ``x_t``.
+        noise: [B,C,H,W], the noise that the network is asked for; ``x_t`` may hold more.
         cfg: which terms, and their scale.
     """
     model_output = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
@@ -150,7 +150,7 @@ def image_error(
     In the same unit whatever is predicted and however it is weighted.
     """
     model_output = model_output.to(torch.promote_types(model_output.dtype, torch.float32))
-    found = diffusion.posterior(model_output, x_t, t).x_0
+    found = diffusion.predict_x0(model_output, x_t, t, clip=True)
     return _mean_per_sample((found - x_0) ** 2)
 
 

@@ -58,10 +58,10 @@ def edm(signal: Tensor, sigma: Tensor, sigma_data: float) -> Prediction:
     """F of D = c_skip x + c_out F(c_in x) (Karras et al. 2022, eq. 7 and table 1).
 
     There x = x_0 + s eps: here that is x_t / signal, with s = sigma / signal. Multiplied out with
-    r^2 = sigma^2 + sigma_data^2 signal^2, nothing divides by signal, which may be 0: c_in x is
-    x_t / r, c_skip x is sigma_data^2 signal x_t / r^2, and c_out is sigma sigma_data / r.
+    root^2 = sigma^2 + sigma_data^2 signal^2, nothing divides by signal, which may be 0: c_in x is
+    x_t / root, c_skip x is sigma_data^2 signal x_t / root^2, c_out is sigma sigma_data / root.
     """
-    root = torch.sqrt(sigma**2 + (sigma_data * signal) ** 2)  # r
+    root = torch.sqrt(sigma**2 + (sigma_data * signal) ** 2)
     return Prediction(
         target_x_0=sigma / (root * sigma_data),
         target_eps=-sigma_data * signal / root,

@@ -271,10 +271,11 @@ class Schedule:
 
     @cached_property
     def bounded_reach(self) -> Tensor:
-        """At most what moves x_{t-1} as far as ancestral sampling would, by Sigma g. Float64 [T].
+        """At most what moves DDIM's x_{t-1} as far as DDPM's, by Sigma g. Float64 [T].
 
-        A deterministic step hands on a share of x_0's way: sqrt(alpha_bar_prev) (1 - e^-h). The
+        With eta 0 DDIM hands on a share of x_0's way: sqrt(alpha_bar_prev) (1 - e^-h). The
         bound is met where h is above 0.5 (0.28 near the image): in many steps all is as published.
+        Other samplers weigh x_0 more: q(x_{t-1} | x_t, x_0) by 1 + e^-h times as much.
         """
         share = self.alpha_bar_prev.sqrt() * -torch.expm1(-self.h)
         variance = torch.cat([self.betas[:1], self.posterior_variance[1:]])

@@ -27,6 +27,7 @@ NAMED_STEPS = {
 }
 """The lists of steps that DeepFloyd's IF publishes. They are section counts."""
 
+UNIFORM = "uniform"
 # Half log-SNR where the linear schedule of 1000 steps ends: 0.6 % of the picture is left. The
 # cosine schedule goes on to -9.9, where a grid would spend a quarter of its steps on next to
 # nothing.
@@ -34,27 +35,27 @@ LEAST_HALF_LOG_SNR = -5.1
 RHO = 7  # Karras et al. 2022, section 3
 
 
-def choose_steps(alpha_bar: Tensor, spec: str, spacing: str = "uniform") -> list[int]:
+def choose_steps(alpha_bar: Tensor, spec: str, spacing: str = UNIFORM) -> list[int]:
     """The steps that a respacing keeps.
 
     Args:
         alpha_bar: [T] of the process to choose from, falling.
         spec: as for `space_timesteps`.
         spacing: how a count is spread, one of `SPACINGS`; whatever else ``spec`` says goes with
-            "uniform" alone.
+            "uniform" alone. One step is the last, but with "uniform" see `space_timesteps`.
     Raises:
         UsageError: the text means nothing, or so many steps do not exist.
     """
     require_choice("step_spacing", spacing, list(SPACINGS))
-    if spacing == "uniform":
-        return space_timesteps(len(alpha_bar), spec)
-    if not names_count(spec):
+    if spacing != UNIFORM and not names_count(spec):
         raise UsageError(
             f"--step_spacing is {spacing!r}, but --timestep_respacing {spec!r} names its steps "
             "itself: give a count, or --step_spacing uniform"
         )
-    space_timesteps(len(alpha_bar), spec)  # so many steps exist
-    return _distinct(SPACINGS[spacing](alpha_bar.double(), int(spec)), len(alpha_bar))
+    even = space_timesteps(len(alpha_bar), spec)  # refuses what does not exist
+    if spacing == UNIFORM:
+        return even
+    return _distinct(_UNEVEN[spacing](alpha_bar.double(), int(spec)), len(alpha_bar))
 
 
 def names_count(spec: str) -> bool:
@@ -69,7 +70,9 @@ def space_timesteps(num_steps: int, spec: str) -> list[int]:
         num_steps: steps of the process to choose from.
         spec: ``""`` for all; ``"250"`` for 250 evenly spaced ones, both ends included;
             ``"10,15,20"`` for so many in each of three equal sections; ``"ddim25"`` for 25 at a
-            fixed integer stride from step 0 (Song et al. 2021); a name of `NAMED_STEPS`.
+            fixed integer stride from step 0 (Song et al. 2021); a name of `NAMED_STEPS`. A count
+            of 1 is its section's first step, as in guided-diffusion: ``"1"`` is step 0 alone, and
+            sampling would take pure noise for the least noisy image.
     Raises:
         UsageError: the text means nothing, or so many steps do not exist.
     """
@@ -98,7 +101,7 @@ def _stride(num_steps: int, spec: str) -> list[int]:
 
 
 def _sections(num_steps: int, counts: list[int], spec: str) -> list[int]:
-    """``counts[i]`` evenly spaced steps in section i, both ends of the section included."""
+    """``counts[i]`` evenly spaced steps in section i, both its ends included; 1 is its first."""
     size, extra = divmod(num_steps, len(counts))
     kept: list[int] = []
     start = 0
@@ -157,14 +160,16 @@ def _by_noise(
 
     A process that goes on beyond `LEAST_HALF_LOG_SNR` takes its last step and then those levels.
     """
+    last = len(alpha_bar) - 1
+    if count == 1:
+        return [last]
     table = torch.logit(alpha_bar) / 2  # [T], falling; -inf where no signal is left
-    last = len(table) - 1
     beyond = float(table[-1]) < LEAST_HALF_LOG_SNR
     wanted = levels(
         float(table[0]), max(float(table[-1]), LEAST_HALF_LOG_SNR), count - 1 if beyond else count
     )
     steps = (wanted[:, None] - table[None, :]).abs().argmin(dim=1).tolist()
-    return [*steps, last] if beyond or count == 1 else steps
+    return [*steps, last] if beyond else steps
 
 
 def _distinct(steps: list[int], num_steps: int) -> list[int]:
@@ -174,13 +179,11 @@ def _distinct(steps: list[int], num_steps: int) -> list[int]:
     return [min(step, spare + i) for i, step in enumerate(rising)]
 
 
-def _uniform(alpha_bar: Tensor, count: int) -> list[int]:
-    return space_timesteps(len(alpha_bar), str(count))
-
-
-SPACINGS: dict[str, Callable[[Tensor, int], list[int]]] = {
-    "uniform": _uniform,
+_UNEVEN: dict[str, Callable[[Tensor, int], list[int]]] = {
     "quadratic": _quadratic,
     "karras": _karras,
     "logsnr": _logsnr,
 }
+
+SPACINGS = (UNIFORM, *_UNEVEN)
+"""How a count of steps may be spread."""

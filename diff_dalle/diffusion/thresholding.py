@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip
+from diff_dalle.diffusion.gaussian import Clip, per_sample
 
 THRESHOLDS = ("none", "static", "dynamic")
 
@@ -33,7 +33,7 @@ def dynamic_threshold(percentile: float, maximum: float) -> Callable[[Tensor], T
 
     def clip(x_0: Tensor) -> Tensor:
         s = _quantile(x_0.abs().flatten(1), percentile).clamp(1, maximum)  # [B]
-        s = s.to(x_0.dtype).reshape(-1, *[1] * (x_0.ndim - 1))
+        s = per_sample(s.to(x_0.dtype), x_0)
         return torch.minimum(torch.maximum(x_0, -s), s) / s
 
     return clip

@@ -65,6 +65,9 @@ class NllConfig:
         require(enough, "num_samples", self.num_samples, f"be {LEAST} or more, or 0 for all")
         require(self.batch_size >= 1, "batch_size", self.batch_size, "be 1 or more")
         require(0 <= self.aug_level <= 1, "aug_level", self.aug_level, "lie between 0 and 1")
+        # fp32 is the default, so it cannot be told from nothing said.
+        clash = self.use_fp16 and self.precision not in (AUTO, "fp32", "fp16")
+        require(not clash, "precision", self.precision, "be fp16 or left out beside --use_fp16")
 
     @property
     def compute(self) -> PrecisionConfig:
@@ -178,7 +181,7 @@ class Measurement:
         x_0 = from_uint8(batch.image)  # [B,3,H,W]
         generator = self.stage.loaded.generator
         with self._precision.autocast():
-            cond = generator.encode(self._told(batch, x_0))
+            cond = generator.remember(self._told(batch, x_0))
             return variational_bound(
                 lambda x_t, time: generator(x_t, time, cond),
                 x_0,

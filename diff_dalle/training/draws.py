@@ -63,7 +63,7 @@ def held_out(
     """
     first = Stream.HELD_OUT + 2 * quartile
     t = ((quartile + keyed_noise.uniform(seed, (), first)) * steps / 4).long()
-    # quartile + u may round up to the next quarter.
+    # quartile + r may round up to the next quarter.
     last = max(0, -(-(quartile + 1) * steps // 4) - 1)
     return t.clamp(max=last), keyed_noise.normal(seed, shape, first + 1)
 

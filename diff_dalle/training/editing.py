@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from diff_dalle import keyed_noise
-from diff_dalle.diffusion.editing import guide_drawn, keep_known, on_sphere
+from diff_dalle.diffusion.editing import KeepKnown, on_sphere
 from diff_dalle.diffusion.gaussian import Clip
-from diff_dalle.diffusion.guidance import Guide
 from diff_dalle.models.generator import Cond, Generator
 
 
@@ -78,11 +77,7 @@ class StageEdit:
         """``clip``, and the known part put back."""
         if self.drawn is None or self.picture is None:
             return clip
-        return keep_known(clip, self.picture, self.drawn)
-
-    def guide(self, guide: Guide | None) -> Guide | None:
-        """``guide`` for the drawn part."""
-        return guide if guide is None or self.drawn is None else guide_drawn(guide, self.drawn)
+        return KeepKnown(clip, self.picture, self.drawn)
 
     def encode(self, generator: Generator, cond: Cond) -> Cond:
         """``cond``, its text encoded where it lies between captions."""

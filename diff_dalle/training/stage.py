@@ -164,7 +164,7 @@ def sample_stage(
             _start(model, fresh, diffusion, settings, edit),
             diffusion,
             noise=step_noise,
-            guide=edit.guide(guide),
+            guide=guide,
             clip=edit.clip(settings.clip()),
             callback=callback,
             eta=settings.ddim_eta,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from diff_dalle import keyed_noise
-from diff_dalle.diffusion.editing import first_steps, guide_drawn, keep_known, on_sphere
+from diff_dalle.diffusion.editing import KeepKnown, first_steps, on_sphere
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
 from diff_dalle.diffusion.samplers import SAMPLERS
 from diff_dalle.diffusion.schedule import Schedule
@@ -52,7 +52,7 @@ def draw(
 ) -> Tensor:
     """Values [count,2] of both pixels, with the first one known."""
     x_T = noise(-1, torch.zeros(count, 1, 1, 2, dtype=torch.float64))
-    projected = keep_known(clip, PICTURE, DRAWN)
+    projected = KeepKnown(clip, PICTURE, DRAWN)
     sample = SAMPLED[name]
     x_0 = sample(model, x_T, process(spec), noise=noise, guide=guide, clip=projected)
     return x_0.reshape(-1, 2)
@@ -120,7 +120,7 @@ def test_the_drawn_part_reaches_the_projections_own_limit(name: str) -> None:
     def mean(spec: str) -> float:
         x_T = noise(-1, torch.zeros(1, 1, 1, 2, dtype=torch.float64))
         pair = torch.cat([x_T, -x_T])
-        clip = keep_known(False, PICTURE, DRAWN)
+        clip = KeepKnown(False, PICTURE, DRAWN)
         x_0 = SAMPLERS[name](network, pair, process(spec), noise=noise, clip=clip)
         return float(x_0[..., 1].mean())
 
@@ -138,26 +138,63 @@ def test_the_projection_leans_to_the_conditional_density_and_falls_short_of_it()
     assert 0.4 < flow < 0.5 < ancestral < 0.7
 
 
-@pytest.mark.parametrize("name", SAMPLED)
-def test_a_soft_edge_blends(name: str) -> None:
-    share = torch.tensor([0.25, 1.0], dtype=torch.float64).reshape(1, 1, 1, 2)
-    clip = keep_known(True, torch.full_like(DRAWN, 0.6), share)
+def blended(name: str, clip: Clip, share: float, gradient: float | None) -> Tensor:
+    """A pixel that is drawn by ``share`` and one that is drawn wholly; the network says -0.2."""
+    drawn = torch.tensor([share, 1.0], dtype=torch.float64).reshape(1, 1, 1, 2)
     x_T = torch.zeros(1, 1, 1, 2, dtype=torch.float64)
     answer = torch.full_like(x_T, -0.2)
-    x_0 = SAMPLED[name](lambda x, t: answer, x_T, process("5"), noise=noise, clip=clip)
+    known = KeepKnown(clip, torch.full_like(DRAWN, 0.6), drawn)
+    guide = None if gradient is None else lambda x_t, t: torch.full_like(x_t, gradient)
+    sample = SAMPLED[name]
+    x_0 = sample(lambda x, t: answer, x_T, process("5"), noise=noise, guide=guide, clip=known)
+    return x_0.flatten()
+
+
+@pytest.mark.parametrize("threshold", ["none", "static", "dynamic"])
+@pytest.mark.parametrize("gradient", [None, 0.0])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_soft_edge_blends(name: str, gradient: float | None, threshold: str) -> None:
+    """Once, beside a guide that has nothing to say too."""
+    found = blended(name, make_clip(threshold), 0.25, gradient)
     expected = torch.tensor([0.75 * 0.6 - 0.25 * 0.2, -0.2], dtype=torch.float64)
-    torch.testing.assert_close(x_0.flatten(), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_guide_leads_a_soft_edge_by_its_share(name: str) -> None:
+    """Everything is linear here, without a threshold."""
+    moved = blended(name, False, 0.25, 0.3) - blended(name, False, 0.25, None)
+    assert float(moved[0]) == pytest.approx(0.25 * float(moved[1])) and float(moved[1]) > 1e-6
+
+
+@pytest.mark.parametrize("name", [name for name in SAMPLED if name != "ddpm"])
+def test_a_soft_edge_keeps_the_pictures_share_however_strong_the_guide(name: str) -> None:
+    """The estimate is clipped before it is blended; DDPM leads x_{t-1} after both."""
+    found = blended(name, True, 0.25, 1e6)
+    expected = torch.tensor([0.75 * 0.6 + 0.25, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
+def constant_guide(known: float) -> Callable:
+    """Leads the known pixel by ``known`` and the drawn one by 50."""
+    gradient = torch.tensor([known, 50.0], dtype=torch.float64).reshape(1, 1, 1, 2)
+    return lambda x_t, t: gradient
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_a_guide_leads_the_drawn_part_alone(name: str) -> None:
-    def strong(x_t: Tensor, t: Tensor) -> Tensor:
-        return torch.full_like(x_t, 50.0)
-
-    plain, led = draw(name, "40"), draw(name, "40", guide=guide_drawn(strong, DRAWN))
+    plain, led = draw(name, "40"), draw(name, "40", guide=constant_guide(50.0))
     torch.testing.assert_close(led[:, 0], plain[:, 0], rtol=0, atol=1e-12)
     assert float((led - plain)[:, 1].min()) > 0
-    assert guide_drawn(lambda x_t, t: None, DRAWN)(PICTURE, torch.zeros(1)) is None
+
+
+@pytest.mark.parametrize("threshold", ["none", "static", "dynamic"])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_what_a_guide_says_of_the_known_part_is_not_heard(name: str, threshold: str) -> None:
+    """Not even by the drawn part, through a threshold that measures the whole picture."""
+    clip = make_clip(threshold)
+    one, other = (draw(name, "6", clip=clip, guide=constant_guide(g)) for g in (0.0, 1e6))
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -99,8 +99,9 @@ def test_every_spacing_visits_both_ends_and_no_step_twice(
 
 
 @pytest.mark.parametrize("spacing", [name for name in SPACINGS if name != "uniform"])
-def test_one_step_starts_from_noise(spacing: str) -> None:
-    assert choose_steps(COSINE, "1", spacing) == [999]
+@pytest.mark.parametrize("alpha_bar", [LINEAR, COSINE], ids=["linear", "cosine"])
+def test_one_step_starts_from_noise(spacing: str, alpha_bar: Tensor) -> None:
+    assert choose_steps(alpha_bar, "1", spacing) == [999]
 
 
 def test_quadratic_steps_are_squares() -> None:

@@ -60,8 +60,8 @@ def test_frequencies_are_the_probabilities(sampler: TimestepSampler) -> None:
 
 
 def test_the_ends_of_the_unit_interval_are_safe(sampler: TimestepSampler) -> None:
-    u = torch.tensor([2.0**-24, 1 - 2.0**-24, 1.0])
-    t, weights = sampler.sample(u)
+    r = torch.tensor([2.0**-24, 1 - 2.0**-24, 1.0])
+    t, weights = sampler.sample(r)
     assert int(t.min()) >= 0 and int(t.max()) <= 999 and torch.isfinite(weights).all()
 
 
@@ -112,9 +112,9 @@ def test_second_moment_leaves_the_expected_loss_alone() -> None:
 
 
 def test_a_step_begins_where_its_share_of_the_unit_interval_does() -> None:
-    u = torch.tensor([0.0, 0.25, 0.5, 0.75])
-    assert LossSecondMomentSampler(4).sample(u)[0].tolist() == [0, 1, 2, 3]
-    assert UniformSampler(4).sample(u)[0].tolist() == [0, 1, 2, 3]
+    r = torch.tensor([0.0, 0.25, 0.5, 0.75])
+    assert LossSecondMomentSampler(4).sample(r)[0].tolist() == [0, 1, 2, 3]
+    assert UniformSampler(4).sample(r)[0].tolist() == [0, 1, 2, 3]
 
 
 def test_losses_that_are_not_finite_are_left_out() -> None:
@@ -210,19 +210,19 @@ def test_the_other_density_names_its_own_knob() -> None:
 def test_a_density_is_summed_once_for_each_device_and_type(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sampler, u = by_log_snr(), stratified(100)
-    first, _ = sampler.sample(u)
-    sampler.sample(u.float())
+    sampler, r = by_log_snr(), stratified(100)
+    first, _ = sampler.sample(r)
+    sampler.sample(r.float())
 
-    def never(probabilities: Tensor, u: Tensor) -> Tensor:
+    def never(probabilities: Tensor, r: Tensor) -> Tensor:
         raise AssertionError("copied again")
 
     monkeypatch.setattr(timesteps, "_cumulative", never)
-    again, _ = sampler.sample(u)
+    again, _ = sampler.sample(r)
     assert torch.equal(first, again)
-    sampler.sample(u.float())
+    sampler.sample(r.float())
     with pytest.raises(AssertionError, match="copied again"):
-        sampler.sample(u.to("meta"))
+        sampler.sample(r.to("meta"))
 
 
 def test_a_uniform_share_trains_every_step() -> None:

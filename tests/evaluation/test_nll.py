@@ -227,6 +227,17 @@ def test_captions_are_told_where_the_generator_reads_them(
     )
 
 
+def test_a_batch_of_captions_is_read_once(flags: dict[str, Any]) -> None:
+    """And so are the keys and values that each layer makes of it."""
+    measurement = Measurement(NllConfig(**flags), CPU, show=False)
+    generator, calls = measurement.stage.loaded.generator, []
+    for name, module in generator.named_modules():
+        if name.endswith(("cross.key", "cross.value")) or module is generator.text_encoder:
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    measurement.run()
+    assert len(calls) == len(set(calls)) > 2
+
+
 def test_broken_pictures_are_left_out_and_named(flags: dict[str, Any], tmp_path: Path) -> None:
     sound = measure(flags)
     shard = bytearray(Path(flags["data_dir"][0], "00000.tar").read_bytes())
@@ -260,6 +271,7 @@ def test_broken_pictures_are_left_out_and_named(flags: dict[str, Any], tmp_path:
         ({"aug_level": 0.1}, "enlarges nothing"),
         ({"timestep_respacing": "21"}, "--timestep_respacing is '21'"),
         ({"precision": "fp8"}, "--precision is 'fp8'"),
+        ({"precision": "bf16", "use_fp16": True}, "--precision is 'bf16': it must be fp16 or left"),
         ({"image_size": 64}, "--image_size is 64, but the checkpoints make 16"),
         ({"image_size": 16, "num_channels": 64}, "was trained with 32"),
         ({"guidance_scale": 2}, "unknown argument --guidance_scale"),

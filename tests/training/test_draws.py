@@ -138,7 +138,7 @@ def test_held_out_steps_fill_their_quarter_and_leave_none(
     for quartile in range(4):
         t, _ = draws.held_out(SEEDS, (), quartile, steps)
         assert quartile * steps / 4 - 1 < t.min() and t.max() < (quartile + 1) * steps / 4
-    # The largest uniform number: 3 + u is 4 in float32, and row * 7 may be 7.
+    # The largest uniform number: 3 + r is 4 in float32, and row * 7 may be 7.
     nearly_1 = torch.full((len(SEEDS),), 1 - 2**-24)
     monkeypatch.setattr(draws.keyed_noise, "uniform", lambda *_: nearly_1)
     assert draws.held_out(SEEDS, (), 3, steps)[0].max() == steps - 1

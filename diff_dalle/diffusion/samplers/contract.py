@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from diff_dalle.diffusion.editing import KeepKnown
 from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, apply_clip
 from diff_dalle.diffusion.guidance import Guide, Model, shift_score
 
@@ -68,11 +69,14 @@ def estimate_x0(
     """The estimate of x_0 that a step rests on: clipped, then led by the gradient.
 
     Clipped again where it was led: a strong gradient would take it beyond what pictures hold.
+    The known part of a picture is put into it once, at the end.
     """
-    x_0 = apply_clip(diffusion.predict_x0(model_output, x_t, t), clip)
     if gradient is None:
-        return x_0
-    return apply_clip(shift_score(diffusion, x_0, t, gradient), clip)
+        return diffusion.predict_x0(model_output, x_t, t, clip=clip)
+    limit = clip.clip if isinstance(clip, KeepKnown) else clip
+    x_0 = diffusion.predict_x0(model_output, x_t, t, clip=limit)
+    x_0 = shift_score(diffusion, x_0, t, gradient)
+    return clip.led(x_0) if isinstance(clip, KeepKnown) else apply_clip(x_0, clip)
 
 
 def ask_x0(

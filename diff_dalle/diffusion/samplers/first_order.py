@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion
+from diff_dalle.diffusion.editing import KeepKnown
+from diff_dalle.diffusion.gaussian import Clip, GaussianDiffusion, per_sample
 from diff_dalle.diffusion.guidance import Guide, Model, shift_mean
 from diff_dalle.diffusion.samplers.contract import Callback, Noise, ask, estimate_x0, flow_step
 
@@ -64,7 +65,9 @@ def ddpm_step(
     """
     posterior = diffusion.posterior(model_output, x_t, t, clip=clip)
     if gradient is not None:
-        posterior = shift_mean(posterior, gradient)
+        # This comes after the estimate that keeps the known part, so it heeds the mask itself.
+        share = clip.drawn if isinstance(clip, KeepKnown) else 1
+        posterior = shift_mean(posterior, share * gradient)
     std = torch.exp(0.5 * posterior.log_var) * _after_first(t, x_t)
     return posterior.mean + std * z, posterior.x_0
 
@@ -139,7 +142,7 @@ def invert_ddim(
         t = torch.full((len(x),), asked, device=x.device)
         output = ask(model, diffusion, x, t)
         if step == 0:
-            estimate = diffusion.posterior(output, x, t, clip=clip).x_0
+            estimate = diffusion.predict_x0(output, x, t, clip=clip)
             x = diffusion.add_noise(x, t, diffusion.eps_from_x0(estimate, x, t))
         else:
             x, estimate = ddim_inversion_step(diffusion, output, x, t, clip=clip)
@@ -157,7 +160,7 @@ def ddim_inversion_step(
     diffusion: GaussianDiffusion, model_output: Tensor, x_t: Tensor, t: Tensor, *, clip: Clip = True
 ) -> tuple[Tensor, Tensor]:
     """x_{t+1} = sqrt(alpha_bar_next) x_0 + sqrt(1 - alpha_bar_next) eps, and the estimate x_0."""
-    x_0 = diffusion.posterior(model_output, x_t, t, clip=clip).x_0
+    x_0 = diffusion.predict_x0(model_output, x_t, t, clip=clip)
     eps = diffusion.eps_from_x0(x_0, x_t, t)
     return diffusion.at("signal_next", t, x_t) * x_0 + diffusion.at("sigma_next", t, x_t) * eps, x_0
 
@@ -189,4 +192,4 @@ def _descend(
 
 def _after_first(t: Tensor, x: Tensor) -> Tensor:
     """1 where t > 0 and 0 where t = 0, [B,1,1,1]."""
-    return (t > 0).to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return per_sample((t > 0).to(x.dtype), x)

@@ -132,8 +132,9 @@ def _corrected(
 ) -> Tensor:
     """x_0 for the step from i, now that the estimate ``after`` it is known (Zhao et al., eq. 3).
 
-    The weights solve the paper's eq. 5: they are exact for an x_0 that is a parabola in log-SNR,
-    or a line where ``estimates`` holds one alone.
+    The weights solve the paper's eq. 5: they are exact for an x_0 that is a parabola in log-SNR.
+    Where ``estimates`` holds one alone, this is UniC-1 as published and in diffusers, with a half:
+    a line would have 1 / (1 - e^-h) - 1 / h, which is a half for small steps.
     """
     here = estimates[0]
     if len(estimates) == 1:
