@@ -32,6 +32,9 @@ UNIFORM = "uniform"
 # cosine schedule goes on to -9.9, where a grid would spend a quarter of its steps on next to
 # nothing.
 LEAST_HALF_LOG_SNR = -5.1
+# As far on the other side, where noise is below one level of an 8-bit picture. The linear and the
+# cosine schedule begin on this side of it, the flow schedule of 1000 steps at 6.9.
+MOST_HALF_LOG_SNR = 5.1
 RHO = 7  # Karras et al. 2022, section 3
 
 
@@ -158,16 +161,16 @@ def _by_noise(
 ) -> list[int]:
     """The steps nearest to ``levels`` of half log-SNR, from step 0 to the last step.
 
-    A process that goes on beyond `LEAST_HALF_LOG_SNR` takes its last step and then those levels.
+    A process that goes on beyond `LEAST_HALF_LOG_SNR` takes its last step and then those levels;
+    one that begins beyond `MOST_HALF_LOG_SNR` takes no step there.
     """
     last = len(alpha_bar) - 1
     if count == 1:
         return [last]
     table = torch.logit(alpha_bar) / 2  # [T], falling; -inf where no signal is left
     beyond = float(table[-1]) < LEAST_HALF_LOG_SNR
-    wanted = levels(
-        float(table[0]), max(float(table[-1]), LEAST_HALF_LOG_SNR), count - 1 if beyond else count
-    )
+    ends = table[[0, -1]].clamp(LEAST_HALF_LOG_SNR, MOST_HALF_LOG_SNR).tolist()
+    wanted = levels(*ends, count - 1 if beyond else count)
     steps = (wanted[:, None] - table[None, :]).abs().argmin(dim=1).tolist()
     return [*steps, last] if beyond else steps
 

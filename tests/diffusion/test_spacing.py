@@ -14,6 +14,7 @@ from diff_dalle.errors import UsageError
 
 LINEAR = Schedule.make("linear", 1000).alpha_bar
 COSINE = Schedule.make("cosine", 1000).alpha_bar
+FLOW = Schedule.make("flow", 1000).alpha_bar
 
 
 @pytest.mark.parametrize(
@@ -129,6 +130,15 @@ def test_karras_steps_follow_the_published_formula() -> None:
         wanted = (high ** (1 / 7) + i / 9 * (low ** (1 / 7) - high ** (1 / 7))) ** 7
         near = (sigma.log() - math.log(wanted)).abs()
         assert near[step] <= near.min() + 1e-12
+
+
+@pytest.mark.parametrize("spacing", ["karras", "logsnr"])
+@pytest.mark.parametrize("count", [2, 20, 250])
+def test_noise_below_a_grey_level_takes_no_step(spacing: str, count: int) -> None:
+    """The flow schedule begins at a half log-SNR of 6.9, where noise is an eighth of a level."""
+    kept = choose_steps(FLOW, str(count), spacing)
+    assert len(set(kept)) == count and kept[-1] == 999
+    assert kept[0] == int((torch.logit(FLOW) / 2 - 5.1).abs().argmin()) == 5
 
 
 @pytest.mark.parametrize("spacing", ["karras", "logsnr"])
