@@ -72,7 +72,7 @@ class Cascade:
             warn: of every note; False leaves it to the caller to tell them.
         Raises:
             UsageError: a path that is no checkpoint or of the wrong kind, stages out of order,
-                sizes that do not fit, or a device that is not there.
+                sizes that do not fit, a device that is not there, or an unknown precision.
         """
         devices = find_devices(device)
         stages = load_stages(as_paths(paths), as_paths(classifier or []), devices, offload=offload)
