@@ -100,6 +100,20 @@ class Edits:
             return []
         return [self.ends[index // self.frames % len(self.ends)].text for index in indices]
 
+    def around(self, texts: Sequence[str], indices: Sequence[int]) -> list[list[str]]:
+        """The captions that B pictures lie between: their own, and those where their frames end.
+
+        A frame at either end lies at that one alone. Where captions stay there is one list.
+        """
+        ends = self.end_texts(indices)
+        if not ends:
+            return [list(texts)]
+        ways = list(zip(texts, ends, self.share(indices).tolist(), strict=True))
+        return [
+            [here if share < 1 else there for here, there, share in ways],
+            [there if share > 0 else here for here, there, share in ways],
+        ]
+
     def of_stage(
         self, stage: Stage, size: Size, indices: Sequence[int], candidate: int
     ) -> StageEdit:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -64,15 +64,36 @@ class Request:
     notes: list[str]
     edits: Edits = NO_EDITS
 
-    def with_edits(self, edits: Edits) -> Request:
-        """The same with what is edited, each prompt as often as it has frames."""
+    @classmethod
+    def make(
+        cls,
+        prompts: Sequence[Prompt],
+        negative_prompts: Sequence[Prompt],
+        contrast: str,
+        low_res: Pictures | None,
+        edits: Edits,
+        notes: Sequence[str] = (),
+    ) -> Request:
+        """The request in which each prompt comes as often as it has frames.
+
+        Args:
+            prompts: P prompts.
+            negative_prompts: P prompts, or no entry at all.
+            contrast: what to make the contrast set of, see `read_contrast`.
+            low_res: as in `Request`.
+            edits: what the pictures start from, keep and go to.
+            notes: lines to tell the user.
+        Raises:
+            UsageError: as `read_contrast`.
+        """
         n = edits.frames
-        return replace(
-            self,
-            prompts=[prompt for prompt in self.prompts for _ in range(n)],
-            negative_prompts=[prompt for prompt in self.negative_prompts for _ in range(n)],
-            low_res=self.low_res if self.low_res is None or n == 1 else self.low_res.repeat(n, 0),
-            notes=[*self.notes, *edits.notes()],
+        pictures = [prompt for prompt in prompts for _ in range(n)]
+        return cls(
+            prompts=pictures,
+            negative_prompts=[prompt for prompt in negative_prompts for _ in range(n)],
+            contrast=read_contrast(contrast, pictures, edits),
+            low_res=low_res if low_res is None or n == 1 else low_res.repeat(n, 0),
+            notes=[*notes, *edits.notes()],
             edits=edits,
         )
 
@@ -134,14 +155,8 @@ def read_request(cfg: SampleConfig, reader: Reader, given: Given | None = None) 
     negative = spread_negative(cfg.negative_prompts, len(prompts))
     edits = make_edits(cfg, given, len(prompts))
     prompts = repeat_prompts(prompts, cfg.num_samples)
-    request = Request(
-        prompts=prompts,
-        negative_prompts=repeat_prompts(negative, cfg.num_samples) if negative else [],
-        contrast=read_contrast(cfg.contrast, prompts),
-        low_res=low_res,
-        notes=notes,
-    )
-    return request.with_edits(edits)
+    negative = repeat_prompts(negative, cfg.num_samples) if negative else []
+    return Request.make(prompts, negative, cfg.contrast, low_res, edits, notes)
 
 
 def request_texts(
@@ -168,14 +183,9 @@ def request_texts(
             f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
         )
     named = fit_prompts([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)], given)
-    request = Request(
-        prompts=named,
-        negative_prompts=spread_negative(cfg.negative_prompts, len(named)),
-        contrast=read_contrast(cfg.contrast, named),
-        low_res=low_res,
-        notes=[],
-    )
-    return request.with_edits(make_edits(cfg, given, len(named)))
+    negative = spread_negative(cfg.negative_prompts, len(named))
+    edits = make_edits(cfg, given, len(named))
+    return Request.make(named, negative, cfg.contrast, low_res, edits)
 
 
 def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:

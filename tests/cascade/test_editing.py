@@ -105,6 +105,24 @@ def test_frames_lead_from_each_prompt_to_its_end(guided: Cascade) -> None:
             assert min(largest_difference(drawn[middle], drawn[n]) for n in around) > 5
 
 
+def test_frames_at_the_ends_have_the_contrast_sets_of_plain_pictures(
+    guided_base: Cascade, tmp_path: Path
+) -> None:
+    """A set with both ends: each frame at an end is told from the other end."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle\na star\n")
+    options: dict[str, Any] = {"contrast": str(captions), "classifier_scale": 500, "batch_size": 1}
+    way = Edit(interpolate_to="a star", frames=2)
+    frames = guided_base.sample("a red circle", edit=way, **FEW, **options).stages[0]
+    for frame, prompt in zip(frames, ("a red circle", "a star"), strict=True):
+        plain = guided_base.sample(prompt, edit=Edit(), **FEW, **options).stages[0][0]
+        assert largest_difference(frame, plain) <= 1
+        free = guided_base.sample(prompt, steps=2, seed=3, classifier_scale=0).stages[0][0]
+        assert largest_difference(free, plain) > 1
+    with pytest.raises(UsageError, match="tell the frames of prompt 0 from"):
+        guided_base.sample("a red circle", edit=Edit(interpolate_to="a star", frames=3), **options)
+
+
 def test_the_noise_stays_without_a_seed_and_the_prompt_without_an_end(cascade: Cascade) -> None:
     alike = cascade.sample("a", edit=Edit(interpolate_to="a", frames=3), **FEW).stages[0]
     assert largest_difference(alike[0], alike[1]) <= 1

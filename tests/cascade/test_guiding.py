@@ -272,6 +272,23 @@ def test_a_prompt_that_nothing_is_told_from_is_refused(captions: Path) -> None:
     assert read_contrast(str(captions), [Prompt("x", "p 0")])
 
 
+def test_frames_that_nothing_is_told_from_are_refused(captions: Path) -> None:
+    """On its way a frame is told from neither end; at an end it is the plain picture."""
+
+    def read(texts: list[str], ends: list[str], frames: int) -> list[Prompt]:
+        prompts = [Prompt(text, f"p {n}") for n, text in enumerate(texts) for _ in range(frames)]
+        edits = Edits(ends=[Prompt(text, "end") for text in ends], frames=frames)
+        return read_contrast("prompts", prompts, edits)
+
+    assert len(read(["a", "b"], ["b", "a"], 2)) == 2  # no frame lies in between
+    with pytest.raises(UsageError, match="no caption to tell the frames of p 0 from: give a file"):
+        read(["a", "b"], ["b", "a"], 3)
+    with pytest.raises(UsageError, match="no caption to tell the frames of p 1 from"):
+        read(["a", "b"], ["x", "a"], 3)
+    assert len(read(["a", "b"], ["x"], 3)) == 2
+    assert len(read(["a", "b"], [], 3)) == 2  # the noise alone goes over
+
+
 def test_captions_that_a_clip_reads_alike_are_one(guided_base: Cascade) -> None:
     guide = guided_base.stages[0].guide
     assert guide is not None
