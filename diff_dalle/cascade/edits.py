@@ -94,11 +94,15 @@ class Edits:
         along = torch.tensor([index % self.frames for index in indices], dtype=torch.float64)
         return along / max(self.frames - 1, 1)
 
+    def entries(self, indices: Sequence[int], count: int) -> list[int]:
+        """Which of ``count`` things, one a prompt and repeated in order, each picture has."""
+        return [index // self.frames % count for index in indices]
+
     def end_texts(self, indices: Sequence[int]) -> list[str]:
         """The caption where each picture's frames end; none where captions stay."""
         if not self.ends:
             return []
-        return [self.ends[index // self.frames % len(self.ends)].text for index in indices]
+        return [self.ends[number].text for number in self.entries(indices, len(self.ends))]
 
     def around(self, texts: Sequence[str], indices: Sequence[int]) -> list[list[str]]:
         """The captions that B pictures lie between: their own, and those where their frames end.
@@ -121,7 +125,7 @@ class Edits:
         between = self._between(stage, indices, candidate)
         if self.given is None or size > self.given.size:
             return StageEdit(between=between)
-        numbers = [index // self.frames for index in indices]
+        numbers = self.entries(indices, len(self.given))
         picture, drawn = self.given.at(size, numbers, stage.device)
         return StageEdit(picture=picture, drawn=drawn, between=between)
 
@@ -167,7 +171,7 @@ class Edits:
         """What a manifest says of one picture."""
         told: dict[str, Any] = {}
         if self.given is not None:
-            told["init_image"] = index // self.frames % len(self.given)
+            (told["init_image"],) = self.entries([index], len(self.given))
         if self.frames > 1:
             told |= {"frame": index % self.frames, "share": float(self.share([index]))}
         return told

@@ -72,13 +72,13 @@ class Given:
 
         Args:
             size: (h, w) of the stage's pictures, at most H and W.
-            numbers: B numbers of pictures; they repeat beyond M.
+            numbers: B numbers of pictures, below M.
             device: for the tensors.
         Returns:
             [B,3,h,w] in [-1, 1], and [B,1,h,w] in [0, 1] or None. A small pixel of a mask is as
             white as the whitest that it stands for.
         """
-        picture = torch.from_numpy(self.pictures[[n % len(self) for n in numbers]])
+        picture = torch.from_numpy(self.pictures[numbers])
         picture = from_uint8(shrink(picture.to(device).permute(0, 3, 1, 2), size))
         if self.masks is None:
             return picture, None

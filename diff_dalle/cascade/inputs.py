@@ -44,7 +44,7 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Picture i is to be drawn for ``prompts[i]`` from ``low_res[i % len(low_res)]``.
+    """Picture i is to be drawn for ``prompts[i]``.
 
     Where frames go from a prompt to another, each frame is a picture.
 
@@ -52,7 +52,7 @@ class Request:
         prompts: N prompts.
         negative_prompts: N prompts to lead away from, blank for none; or no entry at all.
         contrast: the captions of ``--contrast``, each text once; empty for no set.
-        low_res: uint8 [M,h,w,3], or None; N is a whole or part multiple of M.
+        low_res: uint8 [M,h,w,3], or None; `Edits.entries` says which of them each picture has.
         notes: lines to tell the user, such as what was skipped.
         edits: what the pictures start from, keep and go to.
     """
@@ -92,7 +92,7 @@ class Request:
             prompts=pictures,
             negative_prompts=[prompt for prompt in negative_prompts for _ in range(n)],
             contrast=read_contrast(contrast, pictures, edits),
-            low_res=low_res if low_res is None or n == 1 else low_res.repeat(n, 0),
+            low_res=low_res,
             notes=[*notes, *edits.notes()],
             edits=edits,
         )
@@ -207,16 +207,14 @@ def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:
         )
 
 
-def shrunk_to(low_res: Pictures, small: Size | None, device: torch.device) -> Pictures:
+def shrunk_to(low_res: Pictures, small: Size, device: torch.device) -> Pictures:
     """What the first stage enlarges of uint8 [N,H,W,3]: larger pictures are scaled down.
 
     Args:
         low_res: as `check_small_pictures` passes them.
-        small: (h, w) in pixels; None leaves them.
+        small: (h, w) in pixels.
         device: where that is computed.
     """
-    if small is None:
-        return low_res
     images = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,H,W]
     return to_pictures(shrink(images, small))
 

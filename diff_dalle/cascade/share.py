@@ -181,7 +181,8 @@ def _consistency_of(
     """
     small = None
     if request.low_res is not None:
-        given = request.low_res[[index % len(request.low_res)]]
+        assert plan.small is not None  # a plan with small pictures has their size
+        given = request.low_res[plan.edits.entries([index], len(request.low_res))]
         small = shrunk_to(given, plan.small, cascade.devices[0])
     stages = [store.read(index)[None] for store in writer.stores]
     parts = measure_stages(stages, small)

@@ -163,6 +163,29 @@ def test_frames_from_small_pictures(folder: Path) -> None:
     assert largest_difference(frames.stages[0][[0, 2]], plain.stages[0]) <= 1
 
 
+def test_one_small_picture_serves_several_given_ones(folder: Path) -> None:
+    """In the stream too, whose frames share what their prompt was given."""
+    small = np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    upsampler = Cascade.load(str(folder / "up32.pt"))
+    edit = Edit(init_images=[PICTURE, OTHER], strength=0.5, interpolate_seed=4, frames=2)
+    drawn = upsampler.sample("a star", low_res=small, edit=edit, **FEW)
+    assert drawn.low_res is not None and len(drawn.stages[0]) == 4
+    np.testing.assert_array_equal(drawn.low_res, small.repeat(4, 0))
+    *_, last = upsampler.stream("a star", low_res=small, edit=edit, **FEW)
+    shown = np.stack([np.asarray(image) for image in last.images])
+    np.testing.assert_array_equal(shown, drawn.stages[0])
+
+
+def test_frames_do_not_copy_small_pictures(folder: Path) -> None:
+    """They may be an npz on the disk, larger than memory."""
+    small = np.zeros((2, 16, 16, 3), np.uint8)
+    upsampler = Cascade.load(str(folder / "up32.pt"))
+    way = Edit(interpolate_to="a star", frames=100)
+    request, _ = upsampler._ready(PROMPTS, way.configure(SampleConfig()), small, way)
+    assert request.low_res is small and len(request.prompts) == 200
+    assert request.edits.entries([0, 99, 100, 199, 200], 2) == [0, 0, 1, 1, 0]
+
+
 def test_a_stage_larger_than_the_picture_follows_its_small_picture(cascade: Cascade) -> None:
     """And says so; the stages that the picture reaches keep it."""
     edit = Edit(init_images=PICTURE[:40, :40], masks=np.zeros((40, 40), np.uint8))

@@ -109,7 +109,7 @@ def test_a_mask_turns_with_a_picture_that_lies_on_its_side(
 def test_a_small_pixel_of_a_mask_is_as_white_as_its_whitest() -> None:
     mask = np.zeros((32, 32), np.uint8)
     mask[5, 8], mask[20, 21] = 255, 51
-    picture, drawn = read(PICTURE, mask).at((16, 16), [0, 7], torch.device("cpu"))
+    picture, drawn = read(PICTURE, mask).at((16, 16), [0, 0], torch.device("cpu"))
     assert picture.shape == (2, 3, 16, 16) and drawn is not None
     expected = torch.zeros(16, 16)
     expected[2, 4], expected[10, 10] = 1, 0.2
