@@ -26,6 +26,8 @@ from diff_dalle.sampling_io.sizes import Size
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 from diff_dalle.training.stage import shrink
 
+_CHUNK = 16  # pictures shrunk at once: floats take four times the memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
@@ -208,15 +210,16 @@ def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:
 
 
 def shrunk_to(low_res: Pictures, small: Size, device: torch.device) -> Pictures:
-    """What the first stage enlarges of uint8 [N,H,W,3]: larger pictures are scaled down.
+    """What an upsampler enlarges of uint8 [N,H,W,3]: larger pictures are shrunk as in training.
 
     Args:
-        low_res: as `check_small_pictures` passes them.
+        low_res: N ≥ 1 pictures, as `check_small_pictures` passes them.
         small: (h, w) in pixels.
         device: where that is computed.
     """
-    images = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,H,W]
-    return to_pictures(shrink(images, small))
+    chunks = [low_res[start : start + _CHUNK] for start in range(0, len(low_res), _CHUNK)]
+    images = (torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2) for chunk in chunks)
+    return np.concatenate([to_pictures(shrink(chunk, small)) for chunk in images])
 
 
 def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:
