@@ -35,6 +35,10 @@ ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A path, a PIL image, or pixels uint8 [H,W,3] (a mask: uint8 or bool [H,W])."""
 
 _ORIENTATION = 0x0112  # of EXIF
+_NAME = {
+    "init_images": "name a picture, a folder, shards or an npz",
+    "masks": "name a picture, or one for each of --init_images",
+}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -180,10 +184,11 @@ def _of_path(path: str) -> Iterator[tuple[str, bytes]]:
         yield from _of_shards(path)
     elif place.is_dir():
         suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in suffixes)
+        named = (file for file in place.rglob("*") if file.suffix.lower() in suffixes)
+        files = sorted(file for file in named if not file.is_dir())
         if not files:
             raise UsageError(f"--init_images {path} holds neither pictures nor .tar shards")
-        yield from ((str(file), file.read_bytes()) for file in files)
+        yield from ((str(file), _read("init_images", str(file))) for file in files)
     elif place.suffix == ".npz":
         try:
             pictures = map_pictures(path)
@@ -192,13 +197,16 @@ def _of_path(path: str) -> Iterator[tuple[str, bytes]]:
         for number, picture in enumerate(pictures):
             yield f"{path} picture {number}", _png(Image.fromarray(picture))
     else:
-        try:
-            yield path, place.read_bytes()
-        except OSError as problem:
-            raise UsageError(
-                f"--init_images {path} cannot be read ({problem.strerror}): name a picture, a "
-                "folder, shards or an npz"
-            ) from problem
+        yield path, _read("init_images", path)
+
+
+def _read(flag: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise UsageError(
+            f"--{flag} {path} cannot be read ({problem.strerror}): {_NAME[flag]}"
+        ) from problem
 
 
 def _of_shards(path: str) -> Iterator[tuple[str, bytes]]:
@@ -236,8 +244,9 @@ def _read_mask(mask: ImageLike, number: int) -> tuple[str, NDArray[np.uint8]]:
         name, image = f"mask {number}", _as_image(mask, "masks", number)
     else:
         name = os.fspath(mask)
+        data = _read("masks", name)
         try:
-            image = Image.open(name)
+            image = Image.open(io.BytesIO(data))
             image.load()
         except Exception as problem:
             raise _unusable("masks", name, reason_of(problem)) from problem

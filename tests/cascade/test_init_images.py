@@ -157,5 +157,19 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message) as error:
             read(images)
         assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="--masks .*no.png cannot be used"):
+    with pytest.raises(UsageError, match="--masks .*no.png cannot be used .not an image"):
         read(PICTURE, str(tmp_path / "no.png"))
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "x.png").mkdir()
+    for path, reason in (("gone.png", "No such file or directory"), ("x.png", "Is a directory")):
+        with pytest.raises(UsageError, match=f"--masks .*{path} cannot be read .{reason}") as error:
+            read(PICTURE, str(tmp_path / path))
+        assert "\n" not in str(error.value)
+    Image.fromarray(PICTURE).save(tmp_path / "x.png" / "y.png")
+    given = read(str(tmp_path))  # the folder's own name makes it no picture
+    assert [Path(name).name for name in given.names] == ["y.png"]
+    (tmp_path / "z.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match="--init_images .*z.png cannot be read .No such file"):
+        read(str(tmp_path))
