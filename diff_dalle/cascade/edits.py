@@ -19,7 +19,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, numbers, per_stage
-from diff_dalle.sampling_io.prompts import Prompt
+from diff_dalle.sampling_io.prompts import Count, Prompt, read_entries
 from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.training.editing import Between, StageEdit
 
@@ -180,44 +180,46 @@ class Edits:
 NO_EDITS = Edits()
 
 
-def make_edits(cfg: SampleConfig, given: Given | None, count: int) -> Edits:
+def make_edits(cfg: SampleConfig, given: Given | None, count: Count) -> Edits:
     """What the flags ask to be edited.
 
     Args:
         cfg: the flags.
         given: the pictures, if any.
-        count: the number of prompts, before they repeat.
+        count: of the prompts, before they repeat.
     Raises:
         UsageError: another number of ends than of prompts.
     """
-    ends = [
-        Prompt(text.strip(), f"--interpolate_to entry {number}")
-        for number, text in enumerate(cfg.interpolate_to, start=1)
-    ]
-    if len(ends) not in (0, 1, count):
-        raise UsageError(
-            f"--interpolate_to has {len(ends)} entries for {count} "
-            f"{'prompt' if count == 1 else 'prompts'}: give one for all, or one a prompt"
-        )
+    ends = read_entries("interpolate_to", cfg.interpolate_to, count)
     frames = cfg.frames if cfg.interpolates else 1
     return Edits(given=given, ends=ends, seed=cfg.interpolate_seed, frames=frames)
 
 
-def fit_prompts(prompts: Sequence[Prompt], given: Given | None) -> list[Prompt]:
+def fit_prompts(
+    prompts: Sequence[Prompt], count: Count, given: Given | None
+) -> tuple[list[Prompt], Count]:
     """One prompt a picture where several are given: one prompt serves them all.
 
+    Args:
+        prompts: those that are read.
+        count: of all of them.
+        given: the pictures.
+    Returns:
+        The same of both, or one prompt repeated.
     Raises:
         UsageError: another number of pictures than of prompts, and neither is one.
     """
-    count = 1 if given is None else len(given)
-    if count == 1 or len(prompts) == count:
-        return list(prompts)
-    if len(prompts) != 1:
+    pictures = 1 if given is None else given.count
+    if pictures == 1:
+        return list(prompts), count
+    if count.fits(Count.of(pictures)):
+        return list(prompts), Count.of(pictures)
+    if count != Count.of(1):
         raise UsageError(
-            f"--init_images holds {count} pictures for {len(prompts)} prompts: give one each, or "
+            f"--init_images holds {pictures} pictures for {count} prompts: give one each, or "
             "one of either for all"
         )
-    return list(prompts) * count
+    return list(prompts) * pictures, Count.of(pictures)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,6 +57,30 @@ def test_every_form_of_a_picture_gives_its_pixels(tmp_path: Path) -> None:
     assert read_given((), (), SIZES) is None
 
 
+def test_the_first_pictures_are_taken_with_their_masks(tmp_path: Path) -> None:
+    """What lies beyond is counted, not decoded."""
+    for name in ("0.png", "1.png"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+        Image.fromarray(MASK).save(tmp_path / f"mask{name}")
+    (tmp_path / "2.png").write_bytes(b"no")
+    images, masks = ([str(tmp_path / f"{k}{n}.png") for n in "012"] for k in ("", "mask"))
+    given = read(images, masks, limit=2)
+    assert given.masks is not None and given.count == 3
+    assert len(given) == len(given.masks) == len(given.names) == len(given.mask_names) == 2
+    one = read(images, masks[0], limit=2).masks
+    assert one is not None and len(one) == 1
+    for two in (masks[:2], [MASK] * 2):
+        with pytest.raises(UsageError, match="--masks holds 2 for 3 pictures: give one for all"):
+            read(images, two, limit=2)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in images:
+        Path(path).rename(folder / Path(path).name)
+    assert (read(str(folder), limit=1).count, len(read(str(folder), limit=1))) == (3, 1)
+    np.savez(tmp_path / "five.npz", np.stack([PICTURE] * 5))
+    assert read([str(tmp_path / "five.npz"), *[str(folder)] * 2], limit=5).count == 11
+
+
 def test_every_form_of_a_mask_says_where_to_draw(tmp_path: Path) -> None:
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     transparent = np.dstack([np.full((32, 32, 3), 255, np.uint8), MASK])
