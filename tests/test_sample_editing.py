@@ -141,7 +141,7 @@ def test_what_is_edited_decides_the_folder(
         cfg = SampleConfig(prompts=["a"], steps=["4"], device="cpu", **settings)
         request = request_of(cascade, cfg)
         plan = cascade.plan(cfg, None, (), request.edits)
-        writer = open_writer(tmp_path, cascade, plan, request, cfg)
+        writer = open_writer(tmp_path, cascade, plan, request)
         writer.discard()
         return writer.work
 
@@ -160,7 +160,7 @@ def test_other_pixels_in_the_same_file_are_another_command(
         )
         request = request_of(cascade, cfg)
         plan = cascade.plan(cfg, None, (), request.edits)
-        found.append(open_writer(tmp_path, cascade, plan, request, cfg).work)
+        found.append(open_writer(tmp_path, cascade, plan, request).work)
     assert found[0] != found[1]
 
 

@@ -192,6 +192,7 @@ def make_edits(cfg: SampleConfig, given: Given | None, count: Count) -> Edits:
     """
     ends = read_entries("interpolate_to", cfg.interpolate_to, count)
     frames = cfg.frames if cfg.interpolates else 1
+    ends = ends[: cfg.num_samples or None]  # the others are of prompts that are not drawn
     return Edits(given=given, ends=ends, seed=cfg.interpolate_seed, frames=frames)
 
 
