@@ -29,7 +29,7 @@ def sample(argv: list[str]) -> None:
     folder = broadcast_object(make_output_folder(cfg.log_dir) if world.is_main else None, world)
     assert folder is not None
     with errors_to(folder, world):
-        made = open_writer(folder, cascade, plan, request, cfg) if world.is_main else None
+        made = open_writer(folder, cascade, plan, request) if world.is_main else None
         writer = broadcast_object(made, world)
         assert writer is not None
         writer.require_shared()

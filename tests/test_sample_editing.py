@@ -18,6 +18,7 @@ from PIL import Image
 
 from diff_dalle import Cascade
 from diff_dalle.cascade import Edit
+from diff_dalle.cascade.consistency import measure
 from diff_dalle.cascade.share import open_writer, request_of
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig
@@ -100,6 +101,22 @@ def test_the_manifest_numbers_the_frames(folder: Path, tmp_path: Path, sample: S
     assert (manifest["frames"], manifest["interpolate_seed"]) == (3, 5)
 
 
+def test_the_manifest_holds_frames_against_their_prompts_small_picture(
+    folder: Path, tmp_path: Path, sample: Sample
+) -> None:
+    """Three prompts of two frames from two small pictures."""
+    small = np.stack([np.full((16, 16, 3), 40, np.uint8), PICTURES[0, :16, :16]])
+    np.savez(tmp_path / "small.npz", small)
+    argv = ["--model_path", str(folder / "up32.pt"), *FEW, "--prompts", *PROMPTS]
+    argv += ["--low_res", str(tmp_path / "small.npz"), "--num_samples", "3", "--frames", "2"]
+    sample([*argv, "--interpolate_seed", "5", "--batch_size", "4", "--log_dir", str(tmp_path)])
+    drawn = read_pictures(tmp_path / "samples_6x32x32x3.npz")
+    manifest = json.loads((tmp_path / "samples_6x32x32x3.json").read_text())
+    expected = measure(drawn, small[[0, 0, 1, 1, 0, 0]])
+    told = [image["consistency"] for image in manifest["images"]]
+    assert told == [[expected.to_json(n)] for n in range(6)]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -124,7 +141,7 @@ def test_what_is_edited_decides_the_folder(
         cfg = SampleConfig(prompts=["a"], steps=["4"], device="cpu", **settings)
         request = request_of(cascade, cfg)
         plan = cascade.plan(cfg, None, (), request.edits)
-        writer = open_writer(tmp_path, cascade, plan, request, cfg)
+        writer = open_writer(tmp_path, cascade, plan, request)
         writer.discard()
         return writer.work
 
@@ -143,7 +160,7 @@ def test_other_pixels_in_the_same_file_are_another_command(
         )
         request = request_of(cascade, cfg)
         plan = cascade.plan(cfg, None, (), request.edits)
-        found.append(open_writer(tmp_path, cascade, plan, request, cfg).work)
+        found.append(open_writer(tmp_path, cascade, plan, request).work)
     assert found[0] != found[1]
 
 

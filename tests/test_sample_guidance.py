@@ -96,7 +96,7 @@ def test_guidance_is_part_of_what_makes_a_command_the_same(
         cfg = SampleConfig(contrast=str(captions), **values)
         asked = request_of(cascade, cfg)
         plan = cascade.plan(cfg, None, asked.contrast_texts)
-        writer = open_writer(tmp_path, cascade, plan, asked, cfg)
+        writer = open_writer(tmp_path, cascade, plan, asked)
         assert writer.lock is not None
         writer.lock.close()
         return writer.work.name

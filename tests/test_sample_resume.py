@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from diff_dalle import Cascade
 from diff_dalle.cascade import share
@@ -138,7 +140,7 @@ def test_what_decides_the_pictures_decides_the_folder(
         cfg = share.SampleConfig(**({"prompts": ["a"], "device": ["cpu"]} | settings))
         request = share.request_of(cascade, cfg)
         request = replace(request, low_res=np.full((1, 2, 2, 3), small, np.uint8))
-        writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request, cfg)
+        writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request)
         writer.discard()
         return writer.work
 
@@ -146,12 +148,67 @@ def test_what_decides_the_pictures_decides_the_folder(
     assert work(0) != work(small, **change)
 
 
+def work_of(cascade: Cascade, out: Path, **settings: Any) -> Path:
+    """The hidden folder that a command works in."""
+    cfg = share.SampleConfig(steps=["2"], **settings)
+    request = share.request_of(cascade, cfg)
+    plan = cascade.plan(cfg, request.low_res, request.contrast_texts, request.edits)
+    writer = share.open_writer(out, cascade, plan, request)
+    writer.discard()
+    return writer.work
+
+
+def test_where_files_lie_does_not_decide_the_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checkpoints, CLIP, captions and pictures moved, or given from another working directory."""
+    picture = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    here, there = tmp_path / "here", tmp_path / "there"
+    for place in (here, there):
+        place.mkdir()
+        for name in ("base.pt", "clip.pt"):
+            shutil.copy(folder / name, place / f"{place.name}_{name}")
+        (place / f"{place.name}.txt").write_text("a star\nx\n")
+        Image.fromarray(picture).save(place / f"{place.name}.png")
+        np.savez(place / f"{place.name}.npz", picture[None])
+
+    def work(place: Path, prefix: str, suffix: str, **settings: Any) -> Path:
+        at = f"{prefix}{place.name}"
+        flags = {"contrast": f"{at}.txt", "init_images": [f"{at}.{suffix}"], "strength": ["0.5"]}
+        return work_of(
+            Cascade.load(f"{at}_base.pt", f"{at}_clip.pt"), tmp_path, **flags, **settings
+        )
+
+    first = work(here, f"{here}/", "png", prompts=["a star", "x", "y"])
+    assert work(there, f"{there}/", "npz", prompts=["a star", "x", "y"]) == first
+    (here / "prompts.txt").write_text("a star\n\nx\ny\n")
+    monkeypatch.chdir(here)
+    assert work(here, "", "npz", data_dir=["prompts.txt"]) == first
+    assert work(here, "", "npz", prompts=["a star", "x", "z"]) != first
+
+
+def test_where_small_pictures_lie_does_not_decide_the_folder(folder: Path, tmp_path: Path) -> None:
+    """And those beyond the number of samples do not count, nor what goes with them."""
+    cascade = Cascade.load(str(folder / "up32.pt"))
+    small = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    for name, pictures in (("a", small), ("b", small), ("c", small[[0, 1, 0]]), ("d", small[::-1])):
+        np.savez(tmp_path / f"{name}.npz", pictures)
+
+    def work(name: str, *ends: str) -> Path:
+        flags: dict[str, Any] = {"low_res": str(tmp_path / f"{name}.npz"), "num_samples": 2}
+        flags |= {"interpolate_to": [*ends], "frames": 2} if ends else {}
+        return work_of(cascade, tmp_path, prompts=PROMPTS, **flags)
+
+    assert work("a") == work("b") == work("c") != work("d")
+    assert work("a", "x", "y", "z") == work("a", "x", "y", "v") != work("a", "x", "v", "z")
+
+
 def test_shares_of_more_ranks_than_pictures(folder: Path, tmp_path: Path) -> None:
     """Ranks 0 … 4 for 3 pictures: two of them have nothing to do."""
     cascade = Cascade.load(str(folder / "base.pt"))
     cfg = share.SampleConfig(prompts=PROMPTS, steps=["2"])
     request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
-    writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
+    writer = share.open_writer(tmp_path, cascade, plan, request)
     kept: dict[int, int] = {}
     for rank in range(5):
         kept |= share.draw_share(cascade, plan, request, writer, cfg, rank=rank, ranks=5).kept
@@ -168,7 +225,7 @@ def test_the_manifest_times_what_this_call_drew(
     cascade = Cascade.load(str(folder))
     cfg = share.SampleConfig(model_path=[str(folder)], prompts=PROMPTS, steps=["2"])
     request, plan = share.request_of(cascade, cfg), cascade.plan(cfg)
-    writer = share.open_writer(tmp_path, cascade, plan, request, cfg)
+    writer = share.open_writer(tmp_path, cascade, plan, request)
     first = share.draw_share(cascade, plan, request, writer, cfg, rank=0, ranks=2)
     assert writer.lock is not None
     writer.lock.close()

@@ -139,7 +139,7 @@ def test_sizes_and_tiles_decide_the_folder_and_their_batch_does_not(
         flags = {"prompts": ["a"], "size": "64x32", "tile_size": ["24"]} | settings
         cfg = share.SampleConfig(**flags)
         request = share.request_of(cascade, cfg)
-        writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request, cfg)
+        writer = share.open_writer(tmp_path, cascade, cascade.plan(cfg), request)
         writer.discard()
         return writer.work
 

@@ -72,7 +72,7 @@ class Cascade:
             warn: of every note; False leaves it to the caller to tell them.
         Raises:
             UsageError: a path that is no checkpoint or of the wrong kind, stages out of order,
-                sizes that do not fit, or a device that is not there.
+                sizes that do not fit, a device that is not there, or an unknown precision.
         """
         devices = find_devices(device)
         stages = load_stages(as_paths(paths), as_paths(classifier or []), devices, offload=offload)
@@ -124,15 +124,7 @@ class Cascade:
         """
         cfg = as_flags(settings)
         request, plan = self._ready(prompts, cfg, low_res, edit)
-        batches = self.batches(
-            plan,
-            range(len(request.prompts)),
-            request.texts,
-            negative_prompts=request.negative_texts,
-            batch_size=cfg.batch_size,
-            low_res=request.low_res,
-        )
-        return CascadeResult.join([result for _, result in batches])
+        return self._draw_all(plan, request, cfg.batch_size)
 
     def stream(
         self,
@@ -148,15 +140,7 @@ class Cascade:
         """
         request, plan = self._ready(prompts, as_flags(settings), low_res, edit)
         return previews(
-            lambda on_step: self.draw(
-                plan,
-                range(len(request.prompts)),
-                request.texts,
-                negative_prompts=request.negative_texts,
-                low_res=request.low_res,
-                on_step=on_step,
-            ),
-            plan,
+            lambda on_step: self._draw_all(plan, request, len(request.prompts), on_step), plan
         )
 
     def plan(
@@ -202,8 +186,8 @@ class Cascade:
             prompts: N captions.
             negative_prompts: N captions to lead away from, blank for none; or no entry at all.
             batch_size: pictures drawn at once.
-            low_res: uint8 [M,h,w,3] where the first stage is an upsampler; picture i is drawn
-                from ``low_res[i % M]``.
+            low_res: uint8 [M,h,w,3] where the first stage is an upsampler: one a prompt, which
+                all of its frames are drawn from, repeated in order (`Edits.entries`).
             on_step: as in `draw`.
         """
         with self._residence:
@@ -211,7 +195,7 @@ class Cascade:
                 batch = indices[start : start + batch_size]
                 small = None
                 if low_res is not None:
-                    small = low_res[[index % len(low_res) for index in batch]]
+                    small = low_res[plan.edits.entries(batch, len(low_res))]
                 negative = [negative_prompts[index] for index in batch] if negative_prompts else ()
                 result = self.draw(
                     plan,
@@ -254,6 +238,7 @@ class Cascade:
         )
         start = None
         if low_res is not None:
+            assert plan.small is not None  # a plan with small pictures has their size
             low_res = shrunk_to(low_res, plan.small, self.devices[0])
             start = torch.from_numpy(low_res).permute(0, 3, 1, 2)  # [B,3,h,w]
         with self._residence:
@@ -265,6 +250,21 @@ class Cascade:
             seconds=drawing.turns.seconds,
             evaluations=plan.evaluations,
         )
+
+    def _draw_all(
+        self, plan: Plan, request: Request, batch_size: int, on_step: OnStep | None = None
+    ) -> CascadeResult:
+        """Every picture of a request."""
+        batches = self.batches(
+            plan,
+            range(len(request.prompts)),
+            request.texts,
+            negative_prompts=request.negative_texts,
+            batch_size=batch_size,
+            low_res=request.low_res,
+            on_step=on_step,
+        )
+        return CascadeResult.join([result for _, result in batches])
 
     def _ready(
         self,

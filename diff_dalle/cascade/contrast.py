@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from diff_dalle.cascade.edits import NO_EDITS, Edits
 from diff_dalle.cascade.stages import Guide
 from diff_dalle.errors import UsageError
 from diff_dalle.knobs import nearest
@@ -21,16 +22,17 @@ NO_CONTRAST, ALL_PROMPTS = "none", "prompts"
 _AT_ONCE = 256  # captions encoded together
 
 
-def read_contrast(option: str, prompts: Sequence[Prompt]) -> list[Prompt]:
+def read_contrast(option: str, prompts: Sequence[Prompt], edits: Edits = NO_EDITS) -> list[Prompt]:
     """The captions of ``--contrast``, each text once.
 
     Args:
         option: ``none``, ``prompts`` (all prompts of the request, so that neither ranks nor the
             batch size decide what is drawn), or a file with one caption a line.
-        prompts: of the request.
+        prompts: of the request, one a picture.
+        edits: where frames go from them; a frame on its way is told from neither end.
     Raises:
-        UsageError: a file that cannot be read or holds no caption, or a prompt beside which the
-            set holds no other.
+        UsageError: a file that cannot be read or holds no caption, or a picture for which the
+            set holds no caption other than its own.
     """
     if option == NO_CONTRAST:
         return []
@@ -38,11 +40,13 @@ def read_contrast(option: str, prompts: Sequence[Prompt]) -> list[Prompt]:
     captions: dict[str, Prompt] = {}
     for caption in found:
         captions.setdefault(caption.text, caption)
-    for prompt in prompts:
-        if captions.keys() <= {prompt.text}:
+    own = zip(*edits.around([p.text for p in prompts], range(len(prompts))), strict=True)
+    for prompt, texts in zip(prompts, own, strict=True):
+        if captions.keys() <= {*texts}:
+            frames = "" if {*texts} == {prompt.text} else "the frames of "
             raise UsageError(
-                f"--contrast {option} holds no caption to tell {prompt.source} from: give a file "
-                f"with others, one a line, or {NO_CONTRAST}"
+                f"--contrast {option} holds no caption to tell {frames}{prompt.source} from: give "
+                f"a file with others, one a line, or {NO_CONTRAST}"
             )
     return list(captions.values())
 

@@ -74,14 +74,15 @@ def devices_of_rank(asked: Sequence[str], own: torch.device, ranks: int) -> list
 
 
 def choose_precisions(devices: Sequence[torch.device], asked: str) -> list[Precision]:
-    """What the generators compute in, one a stage; fp32 on every CPU."""
+    """What the generators compute in, one a stage; fp32 on every CPU.
 
-    def on(device: torch.device) -> Precision:
-        # fp16 is emulated on a CPU, and few CPUs are faster in bf16.
-        name = "fp32" if device.type == "cpu" else asked
-        return Precision(PrecisionConfig(precision=name), device)
-
-    return [on(device) for device in devices]
+    Raises:
+        UsageError: ``asked`` is no precision, whatever the devices.
+    """
+    elsewhere = PrecisionConfig(precision=asked)
+    # fp16 is emulated on a CPU, and few CPUs are faster in bf16.
+    on_cpu = PrecisionConfig(precision="fp32")
+    return [Precision(on_cpu if d.type == "cpu" else elsewhere, d) for d in devices]
 
 
 def device_notes(devices: Sequence[torch.device], precision: str, *, offload: bool) -> list[str]:

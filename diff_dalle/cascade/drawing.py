@@ -179,11 +179,12 @@ class Drawing:
         bank = self.plan.contrast.bank(guide)
         if bank is None:
             return similarity(features, logit_scale)
-        tokens, _ = guide.loaded.tokenizer.encode(self.prompts, guide.text_length)
-        used = bank.others(tokens.to(bank.tokens.device))
-        if ends := self.plan.edits.end_texts(self.indices):
-            tokens, _ = guide.loaded.tokenizer.encode(ends, guide.text_length)
-            used &= bank.others(tokens.to(bank.tokens.device))
+        own = [
+            guide.loaded.tokenizer.encode(captions, guide.text_length)[0]  # [B,L]
+            for captions in self.plan.edits.around(self.prompts, self.indices)
+        ]
+        others = [bank.others(tokens.to(bank.tokens.device)) for tokens in own]
+        used = torch.stack(others).all(dim=0)  # [B,K]
         return log_softmax_in_set(features, logit_scale, bank.features, used)
 
     @torch.no_grad()

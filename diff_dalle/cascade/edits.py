@@ -19,7 +19,7 @@ from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
 from diff_dalle.models.generator import Cond
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, numbers, per_stage
-from diff_dalle.sampling_io.prompts import Prompt
+from diff_dalle.sampling_io.prompts import Count, Prompt, read_entries
 from diff_dalle.sampling_io.sizes import Size, spell
 from diff_dalle.training.editing import Between, StageEdit
 
@@ -112,11 +112,29 @@ class Edits:
         along = torch.tensor([index % self.frames for index in indices], dtype=torch.float64)
         return along / max(self.frames - 1, 1)
 
+    def entries(self, indices: Sequence[int], count: int) -> list[int]:
+        """Which of ``count`` things, one a prompt and repeated in order, each picture has."""
+        return [index // self.frames % count for index in indices]
+
     def end_texts(self, indices: Sequence[int]) -> list[str]:
         """The caption where each picture's frames end; none where captions stay."""
         if not self.ends:
             return []
-        return [self.ends[index // self.frames % len(self.ends)].text for index in indices]
+        return [self.ends[number].text for number in self.entries(indices, len(self.ends))]
+
+    def around(self, texts: Sequence[str], indices: Sequence[int]) -> list[list[str]]:
+        """The captions that B pictures lie between: their own, and those where their frames end.
+
+        A frame at either end lies at that one alone. Where captions stay there is one list.
+        """
+        ends = self.end_texts(indices)
+        if not ends:
+            return [list(texts)]
+        ways = list(zip(texts, ends, self.share(indices).tolist(), strict=True))
+        return [
+            [here if share < 1 else there for here, there, share in ways],
+            [there if share > 0 else here for here, there, share in ways],
+        ]
 
     def of_stage(
         self, stage: Stage, size: Size, indices: Sequence[int], candidate: int
@@ -125,7 +143,7 @@ class Edits:
         between = self._between(stage, indices, candidate)
         if self.given is None or size > self.given.size:
             return StageEdit(between=between)
-        numbers = [index // self.frames for index in indices]
+        numbers = self.entries(indices, len(self.given))
         picture, drawn = self.given.at(size, numbers, stage.device)
         return StageEdit(picture=picture, drawn=drawn, between=between)
 
@@ -171,7 +189,7 @@ class Edits:
         """What a manifest says of one picture."""
         told: dict[str, Any] = {}
         if self.given is not None:
-            told["init_image"] = index // self.frames % len(self.given)
+            (told["init_image"],) = self.entries([index], len(self.given))
         if self.frames > 1:
             told |= {"frame": index % self.frames, "share": float(self.share([index]))}
         return told
@@ -180,44 +198,47 @@ class Edits:
 NO_EDITS = Edits()
 
 
-def make_edits(cfg: SampleConfig, given: Given | None, count: int) -> Edits:
+def make_edits(cfg: SampleConfig, given: Given | None, count: Count) -> Edits:
     """What the flags ask to be edited.
 
     Args:
         cfg: the flags.
         given: the pictures, if any.
-        count: the number of prompts, before they repeat.
+        count: of the prompts, before they repeat.
     Raises:
         UsageError: another number of ends than of prompts.
     """
-    ends = [
-        Prompt(text.strip(), f"--interpolate_to entry {number}")
-        for number, text in enumerate(cfg.interpolate_to, start=1)
-    ]
-    if len(ends) not in (0, 1, count):
-        raise UsageError(
-            f"--interpolate_to has {len(ends)} entries for {count} "
-            f"{'prompt' if count == 1 else 'prompts'}: give one for all, or one a prompt"
-        )
+    ends = read_entries("interpolate_to", cfg.interpolate_to, count)
     frames = cfg.frames if cfg.interpolates else 1
+    ends = ends[: cfg.num_samples or None]  # the others are of prompts that are not drawn
     return Edits(given=given, ends=ends, seed=cfg.interpolate_seed, frames=frames)
 
 
-def fit_prompts(prompts: Sequence[Prompt], given: Given | None) -> list[Prompt]:
+def fit_prompts(
+    prompts: Sequence[Prompt], count: Count, given: Given | None
+) -> tuple[list[Prompt], Count]:
     """One prompt a picture where several are given: one prompt serves them all.
 
+    Args:
+        prompts: those that are read.
+        count: of all of them.
+        given: the pictures.
+    Returns:
+        The same of both, or one prompt repeated.
     Raises:
         UsageError: another number of pictures than of prompts, and neither is one.
     """
-    count = 1 if given is None else len(given)
-    if count == 1 or len(prompts) == count:
-        return list(prompts)
-    if len(prompts) != 1:
+    pictures = 1 if given is None else given.count
+    if pictures == 1:
+        return list(prompts), count
+    if count.fits(Count.of(pictures)):
+        return list(prompts), Count.of(pictures)
+    if count != Count.of(1):
         raise UsageError(
-            f"--init_images holds {count} pictures for {len(prompts)} prompts: give one each, or "
+            f"--init_images holds {pictures} pictures for {count} prompts: give one each, or "
             "one of either for all"
         )
-    return list(prompts) * count
+    return list(prompts) * pictures, Count.of(pictures)
 
 
 @dataclass(frozen=True, kw_only=True)

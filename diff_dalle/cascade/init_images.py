@@ -11,7 +11,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,10 @@ ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A path, a PIL image, or pixels uint8 [H,W,3] (a mask: uint8 or bool [H,W])."""
 
 _ORIENTATION = 0x0112  # of EXIF
+_NAME = {
+    "init_images": "name a picture, a folder, shards or an npz",
+    "masks": "name a picture, or one for each of --init_images",
+}
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 
 
@@ -44,6 +48,7 @@ class Given:
 
     Attributes:
         pictures: uint8 [M,H,W,3], of the largest stage's size that no picture is smaller than.
+        count: of all pictures that were named, M or more.
         masks: uint8 [1 or M,H,W], 255 where a stage draws, 0 where the picture is known; None:
             nothing is known.
         names: of the pictures, for messages and the manifest.
@@ -52,6 +57,7 @@ class Given:
     """
 
     pictures: Pictures
+    count: int
     masks: NDArray[np.uint8] | None
     names: Sequence[str]
     mask_names: Sequence[str]
@@ -72,13 +78,13 @@ class Given:
 
         Args:
             size: (h, w) of the stage's pictures, at most H and W.
-            numbers: B numbers of pictures; they repeat beyond M.
+            numbers: B numbers of pictures, below M.
             device: for the tensors.
         Returns:
             [B,3,h,w] in [-1, 1], and [B,1,h,w] in [0, 1] or None. A small pixel of a mask is as
             white as the whitest that it stands for.
         """
-        picture = torch.from_numpy(self.pictures[[n % len(self) for n in numbers]])
+        picture = torch.from_numpy(self.pictures[numbers])
         picture = from_uint8(shrink(picture.to(device).permute(0, 3, 1, 2), size))
         if self.masks is None:
             return picture, None
@@ -117,17 +123,24 @@ def read_given(
             uint8 [M,H,W,3].
         masks: as many, or one for all; each of its picture's size.
         sizes: (H, W) of the stages' pictures, smallest first, all of one shape.
-        limit: pictures that are read, the first ones; 0: all.
+        limit: pictures that are read, the first ones, with their masks; 0: all.
     Raises:
         UsageError: an unreadable input, a mask without a picture or of another size, another
             number of masks, or a picture smaller than the first stage's.
     """
-    named = list(islice(_pictures(_listed(images, 3)), limit or None))
-    named_masks = [_read_mask(mask, n) for n, mask in enumerate(_listed(masks, 2))]
-    if not named:
-        if named_masks:
+    sources = [_source(image, number) for number, image in enumerate(_listed(images, 3))]
+    count, given_masks = sum(source.count for source in sources), _listed(masks, 2)
+    if not count:
+        if given_masks:
             raise UsageError("--masks belong to pictures: name those with --init_images")
         return None
+    if len(given_masks) not in (0, 1, count):
+        raise UsageError(
+            f"--masks holds {len(given_masks)} for {count} pictures: give one for all, or one each"
+        )
+    files = chain.from_iterable(source.files for source in sources)
+    named = list(islice(files, limit or None))
+    named_masks = [_read_mask(mask, n) for n, mask in enumerate(given_masks[: len(named)])]
     upright = [(name, *_upright(data, name)) for name, data in named]
     for name, _, extent in upright:
         if not _holds(extent, sizes[0]):
@@ -140,6 +153,7 @@ def read_given(
     names = [name for name, _, _ in upright]
     return Given(
         pictures=np.stack([_decoded(data, size, name) for name, data, _ in upright]),
+        count=count,
         masks=_fitted_masks(named_masks, names, extents, size),
         names=names,
         mask_names=[name for name, _ in named_masks],
@@ -165,50 +179,83 @@ def _listed(value: ImageLike | Sequence[ImageLike], dimensions: int) -> list[Ima
     return list(value)
 
 
-def _pictures(images: Sequence[ImageLike]) -> Iterator[tuple[str, bytes]]:
-    """Names and encoded files."""
-    for number, image in enumerate(images):
-        if isinstance(image, Image.Image | np.ndarray):
-            yield f"picture {number}", _png(_as_image(image, "init_images", number))
-        else:
-            yield from _of_path(os.fspath(image))
+@dataclass(frozen=True)
+class _Source:
+    """Some of the pictures.
+
+    Attributes:
+        count: how many there are.
+        files: their names and encoded files, each read when it is asked for.
+    """
+
+    count: int
+    files: Iterable[tuple[str, bytes]]
 
 
-def _of_path(path: str) -> Iterator[tuple[str, bytes]]:
+def _source(image: ImageLike, number: int) -> _Source:
+    """The pictures of one entry, the ``number``-th."""
+    if isinstance(image, Image.Image | np.ndarray):
+        png = _png(_as_image(image, "init_images", number))
+        return _Source(1, [(f"picture {number}", png)])
+    path = os.fspath(image)
     place = Path(path)
     if path.endswith(".tar") or (place.is_dir() and any(place.rglob("*.tar"))):
-        yield from _of_shards(path)
-    elif place.is_dir():
-        suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
-        files = sorted(file for file in place.rglob("*") if file.suffix.lower() in suffixes)
-        if not files:
-            raise UsageError(f"--init_images {path} holds neither pictures nor .tar shards")
-        yield from ((str(file), file.read_bytes()) for file in files)
-    elif place.suffix == ".npz":
-        try:
-            pictures = map_pictures(path)
-        except (OSError, ValueError) as problem:
-            raise UsageError(f"--init_images {path} is no npz of pictures ({problem})") from problem
-        for number, picture in enumerate(pictures):
-            yield f"{path} picture {number}", _png(Image.fromarray(picture))
-    else:
-        try:
-            yield path, place.read_bytes()
-        except OSError as problem:
-            raise UsageError(
-                f"--init_images {path} cannot be read ({problem.strerror}): name a picture, a "
-                "folder, shards or an npz"
-            ) from problem
+        return _of_shards(path)
+    if place.is_dir():
+        return _of_folder(path)
+    if place.suffix == ".npz":
+        return _of_npz(path)
+    return _of_files([path])
 
 
-def _of_shards(path: str) -> Iterator[tuple[str, bytes]]:
+def _of_files(paths: Sequence[str]) -> _Source:
+    return _Source(len(paths), ((path, _read("init_images", path)) for path in paths))
+
+
+def _of_folder(path: str) -> _Source:
+    suffixes = {f".{extension}" for extension in IMAGE_EXTENSIONS}
+    named = (file for file in Path(path).rglob("*") if file.suffix.lower() in suffixes)
+    files = sorted(file for file in named if not file.is_dir())
+    if not files:
+        raise UsageError(f"--init_images {path} holds neither pictures nor .tar shards")
+    return _of_files([str(file) for file in files])
+
+
+def _of_npz(path: str) -> _Source:
+    try:
+        pictures = map_pictures(path)
+    except (OSError, ValueError) as problem:
+        raise UsageError(f"--init_images {path} is no npz of pictures ({problem})") from problem
+    return _Source(
+        len(pictures),
+        (
+            (f"{path} picture {number}", _png(Image.fromarray(picture)))
+            for number, picture in enumerate(pictures)
+        ),
+    )
+
+
+def _of_shards(path: str) -> _Source:
     dataset = open_shards(path, "init_images", with_text=False)
-    for number in range(len(dataset)):
-        name = f"{path} sample {dataset.entry(number)[1].key}"
-        try:
-            yield name, dataset.read(number).image
-        except BadSample as problem:
-            raise _unusable("init_images", name, str(problem)) from problem
+
+    def files() -> Iterator[tuple[str, bytes]]:
+        for number in range(len(dataset)):
+            name = f"{path} sample {dataset.entry(number)[1].key}"
+            try:
+                yield name, dataset.read(number).image
+            except BadSample as problem:
+                raise _unusable("init_images", name, str(problem)) from problem
+
+    return _Source(len(dataset), files())
+
+
+def _read(flag: str, path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as problem:
+        raise UsageError(
+            f"--{flag} {path} cannot be read ({problem.strerror}): {_NAME[flag]}"
+        ) from problem
 
 
 def _upright(data: bytes, name: str) -> tuple[bytes, Size]:
@@ -236,8 +283,9 @@ def _read_mask(mask: ImageLike, number: int) -> tuple[str, NDArray[np.uint8]]:
         name, image = f"mask {number}", _as_image(mask, "masks", number)
     else:
         name = os.fspath(mask)
+        data = _read("masks", name)
         try:
-            image = Image.open(name)
+            image = Image.open(io.BytesIO(data))
             image.load()
         except Exception as problem:
             raise _unusable("masks", name, reason_of(problem)) from problem
@@ -258,10 +306,6 @@ def _fitted_masks(
     """Masks uint8 [1 or M,H,W], cut as their pictures are; None for none."""
     if not masks:
         return None
-    if len(masks) not in (1, len(names)):
-        raise UsageError(
-            f"--masks holds {len(masks)} for {len(names)} pictures: give one for all, or one each"
-        )
     for number, picture in enumerate(names):
         mask_name, mask = masks[number % len(masks)]
         if mask.shape != extents[number]:

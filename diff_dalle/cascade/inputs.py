@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,10 +21,18 @@ from diff_dalle.data.images import decode
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.outputs import manifest_beside
-from diff_dalle.sampling_io.prompts import Prompt, read_prompts, repeat_prompts, spread_negative
+from diff_dalle.sampling_io.prompts import (
+    Count,
+    Prompt,
+    read_entries,
+    read_prompts,
+    repeat_prompts,
+)
 from diff_dalle.sampling_io.sizes import Size
 from diff_dalle.sampling_io.store import Pictures, map_pictures
 from diff_dalle.training.stage import shrink
+
+_CHUNK = 16  # pictures shrunk at once: floats take four times the memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +52,7 @@ class Reader:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Picture i is to be drawn for ``prompts[i]`` from ``low_res[i % len(low_res)]``.
+    """Picture i is to be drawn for ``prompts[i]``.
 
     Where frames go from a prompt to another, each frame is a picture.
 
@@ -52,7 +60,7 @@ class Request:
         prompts: N prompts.
         negative_prompts: N prompts to lead away from, blank for none; or no entry at all.
         contrast: the captions of ``--contrast``, each text once; empty for no set.
-        low_res: uint8 [M,h,w,3], or None; N is a whole or part multiple of M.
+        low_res: uint8 [M,h,w,3], or None; `Edits.entries` says which of them each picture has.
         notes: lines to tell the user, such as what was skipped.
         edits: what the pictures start from, keep and go to.
     """
@@ -64,15 +72,39 @@ class Request:
     notes: list[str]
     edits: Edits = NO_EDITS
 
-    def with_edits(self, edits: Edits) -> Request:
-        """The same with what is edited, each prompt as often as it has frames."""
-        n = edits.frames
-        return replace(
-            self,
-            prompts=[prompt for prompt in self.prompts for _ in range(n)],
-            negative_prompts=[prompt for prompt in self.negative_prompts for _ in range(n)],
-            low_res=self.low_res if self.low_res is None or n == 1 else self.low_res.repeat(n, 0),
-            notes=[*self.notes, *edits.notes()],
+    @classmethod
+    def make(
+        cls,
+        prompts: Sequence[Prompt],
+        negative_prompts: Sequence[Prompt],
+        contrast: str,
+        low_res: Pictures | None,
+        edits: Edits,
+        notes: Sequence[str] = (),
+    ) -> Request:
+        """The request in which each prompt comes as often as it has frames.
+
+        Args:
+            prompts: P prompts.
+            negative_prompts: one for all, or one a prompt, repeated in order; or no entry at all.
+            contrast: what to make the contrast set of, see `read_contrast`.
+            low_res: as in `Request`.
+            edits: what the pictures start from, keep and go to.
+            notes: lines to tell the user.
+        Raises:
+            UsageError: as `read_contrast`.
+        """
+        pictures = [prompt for prompt in prompts for _ in range(edits.frames)]
+        negative: list[Prompt] = []
+        if negative_prompts:
+            entries = edits.entries(range(len(pictures)), len(negative_prompts))
+            negative = [negative_prompts[entry] for entry in entries]
+        return cls(
+            prompts=pictures,
+            negative_prompts=negative,
+            contrast=read_contrast(contrast, pictures, edits),
+            low_res=low_res,
+            notes=[*notes, *edits.notes()],
             edits=edits,
         )
 
@@ -95,6 +127,10 @@ class Request:
 def read_request(cfg: SampleConfig, reader: Reader, given: Given | None = None) -> Request:
     """Everything that the flags ask to be drawn.
 
+    Of more than ``--num_samples`` prompts, pictures and all that comes with them the first ones
+    are taken. Counts must fit each other as if all were read; of shards, which are read no
+    further, they must be able to.
+
     Args:
         cfg: the flags.
         reader: how inputs are read.
@@ -103,46 +139,29 @@ def read_request(cfg: SampleConfig, reader: Reader, given: Given | None = None) 
         UsageError: nothing to draw, unreadable inputs, or another number of prompts than of
             small or given pictures, or of negative prompts or ends than of prompts.
     """
-    notes: list[str] = []
-
-    def shard_prompts(path: str) -> list[Prompt]:
-        """The first caption of every sample that has one, as far as they are to be drawn."""
-        dataset = open_shards(path, "data_dir", with_text=True)
-        captions = islice(dataset.first_captions(), cfg.num_samples or None)
-        found = [Prompt(text, f"{path} sample {key}") for key, text in captions]
-        if len(found) < len(dataset) and len(found) != cfg.num_samples:
-            left = len(dataset) - len(found)
-            notes.append(f"--data_dir {path}: skipped {left} samples without a usable caption")
-        return found
-
-    prompts = read_prompts(cfg.prompts, cfg.data_dir, shard_prompts)
-    low_res: Pictures | None = None
-    if cfg.low_res is not None:
-        low_res, captions, skipped = _read_low_res(cfg, reader)
-        notes += skipped
-        prompts = prompts or captions
-        if prompts and len(prompts) != len(low_res):
+    prompts, count, notes = _read_prompts(cfg)
+    small = None if cfg.low_res is None else _read_low_res(cfg, reader)
+    if small is not None:
+        notes += small.notes
+        if prompts and not count.fits(small.count):
             raise UsageError(
-                f"--low_res {cfg.low_res} holds {len(low_res)} pictures, but there are "
-                f"{len(prompts)} prompts: give one prompt a picture"
+                f"--low_res {cfg.low_res} holds {small.count} pictures, but there are {count} "
+                "prompts: give one prompt a picture"
             )
+        count = count.narrowed(small.count) if prompts else small.count
+        prompts = prompts or small.captions
     if not prompts:
         if reader.reads_text:
             raise UsageError("--prompts is missing: type captions in quotes, or give --data_dir")
-        prompts = [Prompt("", "no prompt")] * (1 if low_res is None else len(low_res))
-    prompts = fit_prompts(prompts, given)
-    negative = spread_negative(cfg.negative_prompts, len(prompts))
-    edits = make_edits(cfg, given, len(prompts))
+        count = Count.of(1) if small is None else small.count
+        prompts = [Prompt("", "no prompt")] * count.least
+    prompts, count = fit_prompts(prompts, count, given)
+    edits = make_edits(cfg, given, count)
+    negative = read_entries("negative_prompts", cfg.negative_prompts, count)
+    low_res = None if small is None else small.pictures[: cfg.num_samples or None]
     prompts = repeat_prompts(prompts, cfg.num_samples)
-    request = Request(
-        prompts=prompts,
-        negative_prompts=repeat_prompts(negative, cfg.num_samples) if negative else [],
-        contrast=read_contrast(cfg.contrast, prompts),
-        low_res=low_res,
-        notes=notes,
-    )
     _check_seeds(cfg, len(prompts))
-    return request.with_edits(edits)
+    return Request.make(prompts, negative, cfg.contrast, low_res, edits, notes)
 
 
 def request_texts(
@@ -168,16 +187,12 @@ def request_texts(
         raise UsageError(
             f"--low_res holds {len(low_res)} pictures for {len(texts)} prompts: give one each"
         )
-    named = fit_prompts([Prompt(text, f"prompt {n}") for n, text in enumerate(texts)], given)
-    request = Request(
-        prompts=named,
-        negative_prompts=spread_negative(cfg.negative_prompts, len(named)),
-        contrast=read_contrast(cfg.contrast, named),
-        low_res=low_res,
-        notes=[],
-    )
+    named = [Prompt(text, f"prompt {n}") for n, text in enumerate(texts)]
+    named, count = fit_prompts(named, Count.of(len(named)), given)
+    negative = read_entries("negative_prompts", cfg.negative_prompts, count)
+    edits = make_edits(cfg, given, count)
     _check_seeds(cfg, len(named))
-    return request.with_edits(make_edits(cfg, given, len(named)))
+    return Request.make(named, negative, cfg.contrast, low_res, edits)
 
 
 def _check_seeds(cfg: SampleConfig, count: int) -> None:
@@ -207,22 +222,58 @@ def check_small_pictures(low_res: Pictures, small: Size, path: str) -> None:
         )
 
 
-def shrunk_to(low_res: Pictures, small: Size | None, device: torch.device) -> Pictures:
-    """What the first stage enlarges of uint8 [N,H,W,3]: larger pictures are scaled down.
+def shrunk_to(low_res: Pictures, small: Size, device: torch.device) -> Pictures:
+    """What an upsampler enlarges of uint8 [N,H,W,3]: larger pictures are shrunk as in training.
 
     Args:
-        low_res: as `check_small_pictures` passes them.
-        small: (h, w) in pixels; None leaves them.
+        low_res: N ≥ 1 pictures, as `check_small_pictures` passes them.
+        small: (h, w) in pixels.
         device: where that is computed.
     """
-    if small is None:
-        return low_res
-    images = torch.from_numpy(low_res).to(device).permute(0, 3, 1, 2)  # [N,3,H,W]
-    return to_pictures(shrink(images, small))
+    chunks = [low_res[start : start + _CHUNK] for start in range(0, len(low_res), _CHUNK)]
+    images = (torch.from_numpy(chunk).to(device).permute(0, 3, 1, 2) for chunk in chunks)
+    return np.concatenate([to_pictures(shrink(chunk, small)) for chunk in images])
 
 
-def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Prompt], list[str]]:
-    """Small pictures uint8 [M,h,w,3], their captions (or none), and notes."""
+def _read_prompts(cfg: SampleConfig) -> tuple[list[Prompt], Count, list[str]]:
+    """The prompts, how many there are with those that are not read, and notes."""
+    unread, notes = 0, []
+
+    def shard_prompts(path: str) -> list[Prompt]:
+        """The first caption of every sample that has one, as far as they are to be drawn."""
+        nonlocal unread
+        dataset = open_shards(path, "data_dir", with_text=True)
+        captions = islice(dataset.first_captions(), cfg.num_samples or None)
+        found = [Prompt(text, f"{path} sample {key}") for key, text in captions]
+        left = len(dataset) - len(found)
+        if cfg.num_samples and len(found) == cfg.num_samples:
+            unread += left
+        elif left:
+            notes.append(f"--data_dir {path}: skipped {left} samples without a usable caption")
+        return found
+
+    prompts = read_prompts(cfg.prompts, cfg.data_dir, shard_prompts)
+    return prompts, Count(len(prompts), len(prompts) + unread), notes
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Small:
+    """What ``--low_res`` holds.
+
+    Attributes:
+        pictures: uint8 [M,h,w,3], those that are read.
+        captions: M prompts, or none.
+        count: of all pictures.
+        notes: lines to tell the user.
+    """
+
+    pictures: Pictures
+    captions: list[Prompt]
+    count: Count
+    notes: Sequence[str] = ()
+
+
+def _read_low_res(cfg: SampleConfig, reader: Reader) -> _Small:
     assert cfg.low_res is not None
     if Path(cfg.low_res).is_file() and not cfg.low_res.endswith(".tar"):
         try:
@@ -232,7 +283,8 @@ def _read_low_res(cfg: SampleConfig, reader: Reader) -> tuple[Pictures, list[Pro
                 f"--low_res {cfg.low_res} is no npz of pictures ({problem}): give what sample.py "
                 "wrote, or shards"
             ) from problem
-        return pictures, _captions_beside(Path(cfg.low_res), len(pictures)), []
+        captions = _captions_beside(Path(cfg.low_res), len(pictures))
+        return _Small(pictures=pictures, captions=captions, count=Count.of(len(pictures)))
     return _shard_pictures(cfg.low_res, reader, cfg.num_samples)
 
 
@@ -254,9 +306,7 @@ def _captions_beside(npz: Path, count: int) -> list[Prompt]:
     return [Prompt(text, f"{npz} picture {n}") for n, text in enumerate(texts)]
 
 
-def _shard_pictures(
-    path: str, reader: Reader, limit: int
-) -> tuple[Pictures, list[Prompt], list[str]]:
+def _shard_pictures(path: str, reader: Reader, limit: int) -> _Small:
     """The first ``limit`` usable samples (0: all), scaled down as in training."""
     dataset = open_shards(path, "low_res", with_text=reader.reads_text)
     pictures: list[Pictures] = []
@@ -278,7 +328,12 @@ def _shard_pictures(
     notes = [
         f"--low_res {path}: skipped {count} samples ({reason})" for reason, count in bad.items()
     ]
-    return np.stack(pictures), prompts if reader.reads_text else [], notes
+    return _Small(
+        pictures=np.stack(pictures),
+        captions=prompts if reader.reads_text else [],
+        count=Count(len(pictures), len(dataset) - bad.total()),
+        notes=notes,
+    )
 
 
 def _small_picture(data: bytes, reader: Reader) -> Pictures:

@@ -33,7 +33,8 @@ class StagePlan:
         tiles: how many of them make a picture.
         steps: the number of steps that the settings amount to.
         classifier: the noised CLIP's guidance.
-        evaluations: of the network for one picture; a step with classifier-free guidance counts 2.
+        evaluations: of the network for one picture; one with classifier-free guidance counts 2.
+        guided_evaluations: how many have classifier-free guidance.
         classifier_evaluations: of the noised CLIP for one picture.
     """
 
@@ -43,6 +44,7 @@ class StagePlan:
     steps: int
     classifier: ClassifierGuidance
     evaluations: int
+    guided_evaluations: int
     classifier_evaluations: int
 
     @classmethod
@@ -55,13 +57,15 @@ class StagePlan:
         sampled = asked_steps(settings.sampler, process)
         inverted = [] if settings.variation is None else inversion_steps(process)
         asked = [*inverted, *sampled]
+        guided = int((settings.guidance_scales(process)[asked] != 1).sum())
         return cls(
             settings=settings,
             size=size,
             tiles=tiling.count(stage, size),
             steps=process.num_steps,
             classifier=classifier,
-            evaluations=len(asked) + int((settings.guidance_scales(process)[asked] != 1).sum()),
+            evaluations=len(asked) + guided,
+            guided_evaluations=guided,
             classifier_evaluations=int((classifier.scales(process)[sampled] != 0).sum()),
         )
 
@@ -142,7 +146,7 @@ def _notes(number: int, part: StagePlan) -> Iterator[str]:
     settings, classifier = part.settings, part.classifier
     if settings.tile_size:
         yield describe_tiles(number, settings.tile_size, settings.tile_overlap)
-    if settings.guidance_scale != 1 and part.evaluations == part.steps:
+    if settings.guidance_scale != 1 and not part.guided_evaluations:
         yield (
             f"--guidance_interval {settings.guidance_interval} holds no step of stage {number}: "
             "it is drawn without classifier-free guidance"

@@ -26,6 +26,8 @@ from diff_dalle.cascade.timing import Timing
 from diff_dalle.sampling_io.config import SampleConfig, in_short
 from diff_dalle.sampling_io.writer import OutputWriter
 
+_PLACES = ("path", "source")  # the facts that say where something lies
+
 
 @dataclass(frozen=True)
 class Share:
@@ -77,22 +79,19 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     return request
 
 
-def open_writer(
-    folder: Path, cascade: Cascade, plan: Plan, request: Request, cfg: SampleConfig
-) -> OutputWriter:
+def open_writer(folder: Path, cascade: Cascade, plan: Plan, request: Request) -> OutputWriter:
     """Where the pictures gather; those that an interrupted run of this request drew are there.
 
-    Batch size, ranks and the form of the files may have been others. For one rank only.
+    Batch size, ranks, and form and place of the files may have been others. For one rank only.
 
     Raises:
         UsageError: as `OutputWriter.open`.
     """
-    prompts = [(prompt.text, prompt.source) for prompt in request.prompts]
-    facts = [_facts(cascade, plan, cfg), prompts, request.negative_texts]
+    facts = [_without_places(_facts(cascade, plan)), request.texts, request.negative_texts]
     digest = hashlib.sha256(json.dumps(facts).encode())
     for picture in () if request.low_res is None else request.low_res:
         digest.update(picture.tobytes())
-    return OutputWriter.open(folder, digest.hexdigest(), len(prompts), plan.sizes)
+    return OutputWriter.open(folder, digest.hexdigest(), len(request.prompts), plan.sizes)
 
 
 def draw_share(
@@ -163,7 +162,9 @@ def manifest_of(
     for image, negative in zip(images, request.negative_prompts, strict=False):
         image["negative_prompt"] = negative.text
     return {
-        **_facts(cascade, plan, cfg),
+        **_facts(cascade, plan),
+        "low_res": cfg.low_res,
+        "contrast": cfg.contrast,
         "batch_size": cfg.batch_size,
         "offload": cfg.offload,
         "timing": timing.to_json(),
@@ -181,15 +182,23 @@ def _consistency_of(
     """
     small = None
     if request.low_res is not None:
-        given = request.low_res[[index % len(request.low_res)]]
+        assert plan.small is not None  # a plan with small pictures has their size
+        given = request.low_res[plan.edits.entries([index], len(request.low_res))]
         small = shrunk_to(given, plan.small, cascade.devices[0])
     stages = [store.read(index)[None] for store in writer.stores]
     parts = measure_stages(stages, small)
     return [None if part is None else part.to_json(0) for part in parts]
 
 
-def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
-    """What decides the pictures beside prompts and small pictures."""
+def _without_places(facts: Any) -> Any:
+    """Facts less where files lie: the hashes beside say what is in them."""
+    if isinstance(facts, dict):
+        return {name: _without_places(fact) for name, fact in facts.items() if name not in _PLACES}
+    return [_without_places(fact) for fact in facts] if isinstance(facts, list) else facts
+
+
+def _facts(cascade: Cascade, plan: Plan) -> dict[str, Any]:
+    """What decides the pictures beside prompts and small pictures, and where it lay."""
     stages = []
     for number, (stage, part) in enumerate(zip(cascade.stages, plan.stages, strict=True)):
         drawn = plan.candidates(number)
@@ -213,8 +222,6 @@ def _facts(cascade: Cascade, plan: Plan, cfg: SampleConfig) -> dict[str, Any]:
         "seed": plan.seeds.seed,
         "seeds": list(plan.seeds.each),
         "rerank": plan.rerank,
-        "low_res": cfg.low_res,
-        "contrast": cfg.contrast,
         "contrast_captions": len(plan.contrast.texts),
         "contrast_sha256": contrast if plan.contrast.texts else None,
         **plan.edits.describe(),

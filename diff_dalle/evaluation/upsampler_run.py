@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from diff_dalle.cascade.inputs import shrunk_to
 from diff_dalle.data.batch import BadSample
 from diff_dalle.data.images import decode
 from diff_dalle.data.loader import DataConfig, open_data
@@ -16,7 +17,7 @@ from diff_dalle.data.order import spread
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.report import write_report
-from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos, shrink
+from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos
 from diff_dalle.knobs import knob, require
 from diff_dalle.sampling_io.store import Pictures
 
@@ -51,7 +52,7 @@ def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
     true, captions = read_held_out(
         cfg.data_dir, cfg.num_samples, stage.image_size, with_text=stage.reads_text
     )
-    small = shrink(true, stage.small_size)
+    small = shrunk_to(true, (stage.small_size, stage.small_size), stage.device)
     folder = cfg.folder()  # before hours of drawing, not after them
     (output,) = drawer.draw(
         captions, seed=cfg.seed, classifier_scale=cfg.classifier_scale, low_res=small

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diff_dalle.cascade.consistency import measure, psnr, shrunk
+from diff_dalle.cascade.consistency import measure, psnr
 from diff_dalle.evaluation.features import FEATURES, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import Interval, mean_over_captions
@@ -92,11 +92,6 @@ class UpsamplerReport:
         return "\n".join(lines)
 
 
-def shrink(pictures: Pictures, size: int) -> Pictures:
-    """uint8 [N,H,W,3] -> uint8 [N,size,size,3], as training makes an upsampler's input."""
-    return shrunk(pictures, (size, size)).round().clip(0, 255).astype(np.uint8)
-
-
 def enlarge_lanczos(pictures: Pictures, size: int) -> Pictures:
     """uint8 [N,h,w,3] -> uint8 [N,size,size,3]."""
     lanczos = Image.Resampling.LANCZOS
@@ -110,7 +105,7 @@ def compare_with_lanczos(true: Pictures, small: Pictures, output: Pictures) -> U
 
     Args:
         true: uint8 [N,H,W,3], N ≥ 4.
-        small: uint8 [N,h,w,3], `shrink` of them, what the model was given.
+        small: uint8 [N,h,w,3], `shrunk_to` of them, what the model was given.
         output: uint8 [N,H,W,3], what the model made of it.
     """
     if not true.shape == output.shape or len(small) != len(true):

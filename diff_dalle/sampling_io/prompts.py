@@ -24,6 +24,35 @@ class Prompt:
     source: str
 
 
+@dataclass(frozen=True)
+class Count:
+    """How many there are of something that is read no further than it is drawn.
+
+    Attributes:
+        least: that are there.
+        most: that may be.
+    """
+
+    least: int
+    most: int
+
+    @classmethod
+    def of(cls, number: int) -> Count:
+        """Of something that is known in full."""
+        return cls(number, number)
+
+    def fits(self, other: Count) -> bool:
+        """Whether both may be the same number."""
+        return self.least <= other.most and other.least <= self.most
+
+    def narrowed(self, other: Count) -> Count:
+        """What is left where both are the same number."""
+        return Count(max(self.least, other.least), min(self.most, other.most))
+
+    def __str__(self) -> str:
+        return str(self.most) if self.least == self.most else f"{self.least} to {self.most}"
+
+
 def read_prompts(
     typed: Sequence[str], data_dir: Sequence[str], shards: Callable[[str], list[Prompt]]
 ) -> list[Prompt]:
@@ -83,25 +112,25 @@ def repeat_prompts(prompts: Sequence[Prompt], num_samples: int) -> list[Prompt]:
     return [prompts[index % len(prompts)] for index in range(num_samples or len(prompts))]
 
 
-def spread_negative(texts: Sequence[str], count: int) -> list[Prompt]:
-    """The entries of ``--negative_prompts`` for each of ``count`` prompts; none for no entry.
+def read_entries(name: str, texts: Sequence[str], count: Count) -> list[Prompt]:
+    """The entries of a flag that takes one text for all prompts, one a prompt, or none.
 
     Args:
-        texts: one for all, or one a prompt; a blank one stands for no negative prompt.
-        count: the number of prompts, before they repeat.
+        name: of the flag.
+        texts: as typed.
+        count: of the prompts, before they repeat.
     Raises:
         UsageError: another number of entries.
     """
-    if len(texts) not in (0, 1, count):
+    if len(texts) > 1 and not Count.of(len(texts)).fits(count):
         raise UsageError(
-            f"--negative_prompts has {len(texts)} entries for {count} "
-            f"{'prompt' if count == 1 else 'prompts'}: give one for all, or one a prompt"
+            f"--{name} has {len(texts)} entries for {count} "
+            f"{'prompt' if count == Count.of(1) else 'prompts'}: give one for all, or one a prompt"
         )
-    named = [
-        Prompt(text.strip(), f"--negative_prompts entry {number}")
+    return [
+        Prompt(text.strip(), f"--{name} entry {number}")
         for number, text in enumerate(texts, start=1)
     ]
-    return named * (count if len(texts) == 1 else 1)
 
 
 def one_line(text: str) -> str:

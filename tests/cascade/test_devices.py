@@ -74,6 +74,11 @@ def test_a_stage_computes_as_its_device_can() -> None:
     assert [one.device for one in choose_precisions(devices, "fp16")] == devices
 
 
+def test_a_precision_that_there_is_not_is_refused_on_a_cpu_too(folder: Path) -> None:
+    with pytest.raises(UsageError, match="--precision is 'fp15': it must be one of auto, fp32"):
+        Cascade.load(folder / "base.pt", precision="fp15")
+
+
 def test_a_rank_has_a_device_of_its_own() -> None:
     own = torch.device("cuda", 3)
     assert devices_of_rank(["cuda"], own, ranks=8) == [own]

@@ -105,6 +105,24 @@ def test_frames_lead_from_each_prompt_to_its_end(guided: Cascade) -> None:
             assert min(largest_difference(drawn[middle], drawn[n]) for n in around) > 5
 
 
+def test_frames_at_the_ends_have_the_contrast_sets_of_plain_pictures(
+    guided_base: Cascade, tmp_path: Path
+) -> None:
+    """A set with both ends: each frame at an end is told from the other end."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("a red circle\na star\n")
+    options: dict[str, Any] = {"contrast": str(captions), "classifier_scale": 500, "batch_size": 1}
+    way = Edit(interpolate_to="a star", frames=2)
+    frames = guided_base.sample("a red circle", edit=way, **FEW, **options).stages[0]
+    for frame, prompt in zip(frames, ("a red circle", "a star"), strict=True):
+        plain = guided_base.sample(prompt, edit=Edit(), **FEW, **options).stages[0][0]
+        assert largest_difference(frame, plain) <= 1
+        free = guided_base.sample(prompt, steps=2, seed=3, classifier_scale=0).stages[0][0]
+        assert largest_difference(free, plain) > 1
+    with pytest.raises(UsageError, match="tell the frames of prompt 0 from"):
+        guided_base.sample("a red circle", edit=Edit(interpolate_to="a star", frames=3), **options)
+
+
 def test_the_noise_stays_without_a_seed_and_the_prompt_without_an_end(cascade: Cascade) -> None:
     alike = cascade.sample("a", edit=Edit(interpolate_to="a", frames=3), **FEW).stages[0]
     assert largest_difference(alike[0], alike[1]) <= 1
@@ -150,6 +168,29 @@ def test_frames_from_small_pictures(folder: Path) -> None:
     assert frames.low_res is not None
     np.testing.assert_array_equal(frames.low_res, small.repeat(2, 0))
     assert largest_difference(frames.stages[0][[0, 2]], plain.stages[0]) <= 1
+
+
+def test_one_small_picture_serves_several_given_ones(folder: Path) -> None:
+    """In the stream too, whose frames share what their prompt was given."""
+    small = np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3), np.uint8)
+    upsampler = Cascade.load(str(folder / "up32.pt"))
+    edit = Edit(init_images=[PICTURE, OTHER], strength=0.5, interpolate_seed=4, frames=2)
+    drawn = upsampler.sample("a star", low_res=small, edit=edit, **FEW)
+    assert drawn.low_res is not None and len(drawn.stages[0]) == 4
+    np.testing.assert_array_equal(drawn.low_res, small.repeat(4, 0))
+    *_, last = upsampler.stream("a star", low_res=small, edit=edit, **FEW)
+    shown = np.stack([np.asarray(image) for image in last.images])
+    np.testing.assert_array_equal(shown, drawn.stages[0])
+
+
+def test_frames_do_not_copy_small_pictures(folder: Path) -> None:
+    """They may be an npz on the disk, larger than memory."""
+    small = np.zeros((2, 16, 16, 3), np.uint8)
+    upsampler = Cascade.load(str(folder / "up32.pt"))
+    way = Edit(interpolate_to="a star", frames=100)
+    request, _ = upsampler._ready(PROMPTS, way.configure(SampleConfig()), small, way)
+    assert request.low_res is small and len(request.prompts) == 200
+    assert request.edits.entries([0, 99, 100, 199, 200], 2) == [0, 0, 1, 1, 0]
 
 
 def test_a_stage_larger_than_the_picture_follows_its_small_picture(cascade: Cascade) -> None:

@@ -12,6 +12,8 @@ import torch
 
 from diff_dalle import Cascade
 from diff_dalle.cascade.contrast import Bank, ContrastSet, read_contrast
+from diff_dalle.cascade.edits import NO_EDITS, Edits
+from diff_dalle.cascade.init_images import read_given
 from diff_dalle.diffusion.samplers import SAMPLERS
 from diff_dalle.errors import UsageError
 from diff_dalle.models.clip import NoisyCLIP
@@ -95,12 +97,21 @@ def test_one_value_for_all_is_for_the_stages_that_are_guided(guided: Cascade) ->
 
 
 def test_an_interval_that_no_step_lies_in_is_pointed_out(guided_base: Cascade) -> None:
-    cfg = SampleConfig(
-        guidance_scale=["2"], guidance_interval=["0,1e-9"], classifier_interval=["0,1e-9"]
-    )
-    free, classifier = guided_base.plan(cfg).notes()
-    assert "--guidance_interval 0,1e-9 holds no step of stage 1" in free
-    assert "--classifier_interval 0,1e-9 holds no step of stage 1" in classifier
+    """Also where a step asks the network twice, or inversion asks it before."""
+    nowhere = {"guidance_interval": ["0,1e-9"], "classifier_interval": ["0,1e-9"]}
+    picture = np.zeros((16, 16, 3), np.uint8)
+    varied = Edits(given=read_given(picture, (), [(16, 16)]))
+    for options, edits in (
+        ({}, NO_EDITS),
+        ({"sampler": ["heun"]}, NO_EDITS),
+        ({"variation": 0.5}, varied),
+    ):
+        cfg = SampleConfig(guidance_scale=["2"], **nowhere, **options)
+        free, classifier = guided_base.plan(cfg, edits=edits).notes()
+        assert "--guidance_interval 0,1e-9 holds no step of stage 1" in free
+        assert "--classifier_interval 0,1e-9 holds no step of stage 1" in classifier
+        cfg = SampleConfig(guidance_scale=["2"], **options)
+        assert guided_base.plan(cfg, edits=edits).notes() == []
 
 
 class Counter:
@@ -259,6 +270,23 @@ def test_a_prompt_that_nothing_is_told_from_is_refused(captions: Path) -> None:
     with pytest.raises(UsageError, match="holds no caption to tell p 0 from"):
         read_contrast(str(captions), alone)
     assert read_contrast(str(captions), [Prompt("x", "p 0")])
+
+
+def test_frames_that_nothing_is_told_from_are_refused(captions: Path) -> None:
+    """On its way a frame is told from neither end; at an end it is the plain picture."""
+
+    def read(texts: list[str], ends: list[str], frames: int) -> list[Prompt]:
+        prompts = [Prompt(text, f"p {n}") for n, text in enumerate(texts) for _ in range(frames)]
+        edits = Edits(ends=[Prompt(text, "end") for text in ends], frames=frames)
+        return read_contrast("prompts", prompts, edits)
+
+    assert len(read(["a", "b"], ["b", "a"], 2)) == 2  # no frame lies in between
+    with pytest.raises(UsageError, match="no caption to tell the frames of p 0 from: give a file"):
+        read(["a", "b"], ["b", "a"], 3)
+    with pytest.raises(UsageError, match="no caption to tell the frames of p 1 from"):
+        read(["a", "b"], ["x", "a"], 3)
+    assert len(read(["a", "b"], ["x"], 3)) == 2
+    assert len(read(["a", "b"], [], 3)) == 2  # the noise alone goes over
 
 
 def test_captions_that_a_clip_reads_alike_are_one(guided_base: Cascade) -> None:

@@ -57,6 +57,30 @@ def test_every_form_of_a_picture_gives_its_pixels(tmp_path: Path) -> None:
     assert read_given((), (), SIZES) is None
 
 
+def test_the_first_pictures_are_taken_with_their_masks(tmp_path: Path) -> None:
+    """What lies beyond is counted, not decoded."""
+    for name in ("0.png", "1.png"):
+        Image.fromarray(PICTURE).save(tmp_path / name)
+        Image.fromarray(MASK).save(tmp_path / f"mask{name}")
+    (tmp_path / "2.png").write_bytes(b"no")
+    images, masks = ([str(tmp_path / f"{k}{n}.png") for n in "012"] for k in ("", "mask"))
+    given = read(images, masks, limit=2)
+    assert given.masks is not None and given.count == 3
+    assert len(given) == len(given.masks) == len(given.names) == len(given.mask_names) == 2
+    one = read(images, masks[0], limit=2).masks
+    assert one is not None and len(one) == 1
+    for two in (masks[:2], [MASK] * 2):
+        with pytest.raises(UsageError, match="--masks holds 2 for 3 pictures: give one for all"):
+            read(images, two, limit=2)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for path in images:
+        Path(path).rename(folder / Path(path).name)
+    assert (read(str(folder), limit=1).count, len(read(str(folder), limit=1))) == (3, 1)
+    np.savez(tmp_path / "five.npz", np.stack([PICTURE] * 5))
+    assert read([str(tmp_path / "five.npz"), *[str(folder)] * 2], limit=5).count == 11
+
+
 def test_every_form_of_a_mask_says_where_to_draw(tmp_path: Path) -> None:
     Image.fromarray(MASK).save(tmp_path / "mask.png")
     transparent = np.dstack([np.full((32, 32, 3), 255, np.uint8), MASK])
@@ -109,7 +133,7 @@ def test_a_mask_turns_with_a_picture_that_lies_on_its_side(
 def test_a_small_pixel_of_a_mask_is_as_white_as_its_whitest() -> None:
     mask = np.zeros((32, 32), np.uint8)
     mask[5, 8], mask[20, 21] = 255, 51
-    picture, drawn = read(PICTURE, mask).at((16, 16), [0, 7], torch.device("cpu"))
+    picture, drawn = read(PICTURE, mask).at((16, 16), [0, 0], torch.device("cpu"))
     assert picture.shape == (2, 3, 16, 16) and drawn is not None
     expected = torch.zeros(16, 16)
     expected[2, 4], expected[10, 10] = 1, 0.2
@@ -157,5 +181,19 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message) as error:
             read(images)
         assert "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="--masks .*no.png cannot be used"):
+    with pytest.raises(UsageError, match="--masks .*no.png cannot be used .not an image"):
         read(PICTURE, str(tmp_path / "no.png"))
+
+
+def test_what_cannot_be_read_is_named_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "x.png").mkdir()
+    for path, reason in (("gone.png", "No such file or directory"), ("x.png", "Is a directory")):
+        with pytest.raises(UsageError, match=f"--masks .*{path} cannot be read .{reason}") as error:
+            read(PICTURE, str(tmp_path / path))
+        assert "\n" not in str(error.value)
+    Image.fromarray(PICTURE).save(tmp_path / "x.png" / "y.png")
+    given = read(str(tmp_path))  # the folder's own name makes it no picture
+    assert [Path(name).name for name in given.names] == ["y.png"]
+    (tmp_path / "z.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(UsageError, match="--init_images .*z.png cannot be read .No such file"):
+        read(str(tmp_path))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diff_dalle import Cascade
@@ -22,6 +23,7 @@ from diff_dalle.evaluation.upsampler_run import (
     evaluate_upsampler,
     read_held_out,
 )
+from diff_dalle.training.stage import shrink
 
 TINY = runpy.run_path(str(Path(__file__).parents[1] / "programs" / "tiny_cascade.py"))
 FAST: dict[str, Any] = {
@@ -283,6 +285,26 @@ def test_an_upsampler_is_compared_with_lanczos(models: Path, shards: Path, tmp_p
     assert content["consistent"] < 1  # a random model heeds nothing
     assert "Lanczos" in table
     assert Image.open(grid).size == (4 * 64, 4 * 64)
+
+
+def test_an_upsampler_is_given_what_training_shrinks(
+    models: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: halves round as they do there."""
+    cfg = UpsamplerConfig(
+        model_path=paths(models, "up64.pt"), data_dir=[str(shards)], log_dir=str(tmp_path), **FAST
+    )
+    true, _ = read_held_out(cfg.data_dir, cfg.num_samples, 64, with_text=True)
+    given = []
+
+    def draw(drawer: Drawer, captions: list[str], *, low_res: np.ndarray, **_: Any) -> list[Any]:
+        given.append(low_res)
+        return [true]
+
+    monkeypatch.setattr(Drawer, "draw", draw)
+    evaluate_upsampler(cfg)
+    expected = shrink(torch.from_numpy(true).permute(0, 3, 1, 2), (32, 32))
+    np.testing.assert_array_equal(given[0], expected.permute(0, 2, 3, 1).numpy())
 
 
 def test_a_base_model_or_a_cascade_is_no_upsampler(models: Path, shards: Path) -> None:

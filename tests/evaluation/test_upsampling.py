@@ -1,13 +1,15 @@
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from diff_dalle.cascade.consistency import measure
+from diff_dalle.cascade.inputs import shrunk_to
 from diff_dalle.data.scenes import sample_scene
-from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos, shrink
+from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos
 
 TRUE = np.stack([sample_scene(0, index, "val").draw(128) for index in range(64)])
-SMALL = shrink(TRUE, 32)
+SMALL = shrunk_to(TRUE, (32, 32), torch.device("cpu"))
 
 
 def test_shrinking_is_the_mean_of_each_block() -> None:
