@@ -169,8 +169,9 @@ def _by_noise(
         return [last]
     table = torch.logit(alpha_bar) / 2  # [T], falling; -inf where no signal is left
     beyond = float(table[-1]) < LEAST_HALF_LOG_SNR
-    ends = table[[0, -1]].clamp(LEAST_HALF_LOG_SNR, MOST_HALF_LOG_SNR).tolist()
-    wanted = levels(*ends, count - 1 if beyond else count)
+    low, high = LEAST_HALF_LOG_SNR, MOST_HALF_LOG_SNR
+    begin, end = (min(max(float(table[i]), low), high) for i in (0, -1))
+    wanted = levels(begin, end, count - 1 if beyond else count)
     steps = (wanted[:, None] - table[None, :]).abs().argmin(dim=1).tolist()
     return [*steps, last] if beyond else steps
 
