@@ -10,7 +10,8 @@ Each objective trains the network of `tiny-64` from the same weights on the same
 order, with the same noise; its average is drawn from at the given steps, from the same noise, by
 the same sampler, and measured as evaluate_shapes.py does, and by the Fréchet distance to real
 pictures of other scenes. All objectives reach a step before one goes on, so the table can be read
-while the longer runs are under way. Called again it goes on: a run at its last checkpoint, a
+while the longer runs are under way. A second table says after how many images the ancestors' eps
+with uniform weights is as good, in every distance and in alignment. Called again it goes on: a run at its last checkpoint, a
 measurement that is there is not taken again. The learning rate falls to 0 at the last of --steps,
 so name them all from the start.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -38,6 +40,7 @@ from diff_dalle.sampling_io.store import Pictures
 
 ROOT = Path(__file__).parent.parent
 UNIFORM = "--schedule_sampler uniform"
+BASELINE = "eps"  # of the ancestors
 OBJECTIVES = {
     "preset": "",  # x0, steps by a normal log-SNR
     "x0": UNIFORM,
@@ -54,7 +57,7 @@ OBJECTIVES = {
     "preset-offset": "--noise_offset 0.1",
     "preset-perturbed": "--input_perturbation 0.1",
 }
-SIZE, REFERENCES, EMA = 64, 2_000, "0.995"
+SIZE, REFERENCES, EMA = 64, 2_000, "0.99"
 SAMPLER = {"use_ddim": True, "timestep_respacing": ["20"], "guidance_scale": ["2.0"]}
 
 
@@ -121,24 +124,57 @@ def measurement(weights: Path, samples: int) -> Path:
     return weights.with_name(f"{weights.stem}_{samples}.json")
 
 
+def read_all(args: argparse.Namespace) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """The measurements that are there, by objective, seed and step."""
+    keys = itertools.product(args.objectives, args.seeds, args.steps)
+    paths = {
+        (objective, seed, steps): measurement(
+            args.runs / f"{objective}-{seed}" / f"ema_{EMA}_{steps:06d}.pt", args.samples
+        )
+        for objective, seed, steps in keys
+    }
+    return {
+        key: json.loads(path.read_text(encoding="utf-8"))
+        for key, path in paths.items()
+        if path.exists()
+    }
+
+
+def as_good(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the first is no worse in any distance, nor in background, colour and shape."""
+    nearer = all(one["frechet"][name] <= value for name, value in other["frechet"].items())
+    return nearer and one["shares"]["all"]["mean"] >= other["shares"]["all"]["mean"]
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Images that the baseline needs to be as good as another objective, seed by seed."""
+    found = read_all(args)
+    print(f"\n| objective | seed | images seen | {BASELINE} as good after | ratio |")
+    print("|---" * 5 + "|")
+    for (objective, seed, steps), content in found.items():
+        baseline = {t: found[BASELINE, seed, t] for t in args.steps if (BASELINE, seed, t) in found}
+        if objective == BASELINE or not baseline:
+            continue
+        equal = [t for t, other in baseline.items() if as_good(other, content)]
+        least = min(equal, default=max(baseline))
+        told, sign = (f"{least * args.batch_size:,}", "") if equal else (
+            f"more than {least * args.batch_size:,}", "< ")  # fmt: skip
+        print(f"| {objective} | {seed} | {steps * args.batch_size:,} | {told} "
+              f"| {sign}{steps / least:.2f} |")  # fmt: skip
+
+
 def show(args: argparse.Namespace) -> None:
     """The measurements that are there, one line an objective, seed and step."""
     columns = ["background", "colour", "shape", "all"]
     print(f"| objective | seed | images seen | Fréchet, {' | Fréchet, '.join(FEATURES)} |", end="")
     print(f" {' | '.join(columns)} |")
     print("|---" * (3 + len(FEATURES) + len(columns)) + "|")
-    for objective in args.objectives:
-        for seed in args.seeds:
-            for steps in args.steps:
-                weights = args.runs / f"{objective}-{seed}" / f"ema_{EMA}_{steps:06d}.pt"
-                path = measurement(weights, args.samples)
-                if not path.exists():
-                    continue
-                content = json.loads(path.read_text(encoding="utf-8"))
-                cells = [objective, str(seed), f"{steps * args.batch_size:,}"]
-                cells += [f"{content['frechet'][name]:.3f}" for name in FEATURES]
-                cells += [f"{content['shares'][name]['mean']:.3f}" for name in columns]
-                print(f"| {' | '.join(cells)} |")
+    for (objective, seed, steps), content in read_all(args).items():
+        cells = [objective, str(seed), f"{steps * args.batch_size:,}"]
+        cells += [f"{content['frechet'][name]:.3f}" for name in FEATURES]
+        cells += [f"{content['shares'][name]['mean']:.3f}" for name in columns]
+        print(f"| {' | '.join(cells)} |")
+    compare(args)
     real = distances([scene.draw(SIZE) for scene in chosen(args.samples, seed=0)[1]])
     floor = ", ".join(f"{name} {value:.3f}" for name, value in real.items())
     print(f"\n{args.samples} real pictures: Fréchet {floor}")
@@ -151,6 +187,7 @@ def main() -> None:
     parser.add_argument("--objectives", nargs="+", choices=OBJECTIVES, default=[*OBJECTIVES])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", nargs="+", type=int, default=[500, 1000, 2000, 4000])
+    parser.add_argument("--until", type=int, help="the last of --steps that is reached this time")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--save_interval", type=int, default=250)
     parser.add_argument("--samples", type=int, default=256, help="pictures of a measurement")
@@ -158,7 +195,8 @@ def main() -> None:
     args = parser.parse_args()
     args.steps.sort()
     print(machine("torch"))
-    for steps in [] if args.table else args.steps:
+    wanted = [steps for steps in args.steps if steps <= (args.until or steps)]
+    for steps in [] if args.table else wanted:
         for seed in args.seeds:
             for objective in args.objectives:
                 measure(train(objective, seed, steps, args), args)

@@ -5,16 +5,19 @@ python benchmarks/sampling_quality.py --model_path ema.pt --out_dir runs/quality
     --arms unipc:20:logsnr:1 unipc:20:logsnr:4 unipc:20:logsnr:4:1,5
 
 The model is one of the demo scenes. An arm is sampler:steps:spacing, then the scale and the
-interval of classifier-free guidance where there is any. Every arm draws the same captions
-(combinations that training never shows) from the same noise. Alignment is the share of pictures
-whose colour, shape and background are right; the Fréchet distance is to real scenes of other
-captions. Differences to the first arm are paired over captions; the intervals of ratios of
-Fréchet distances come from resampling captions. Called again it goes on where it stopped.
+interval of classifier-free guidance where there is any. Every arm draws the same pictures, that
+is the 480 captions that training never shows, again and again, each time from other noise, and
+every arm from the same. Alignment is the share of pictures whose colour, shape and background are
+right; the Fréchet distance is to 2,000 real scenes of those captions. A caption counts once:
+differences to the first arm are paired over captions, by each one's mean over its pictures, and
+the intervals of ratios of Fréchet distances come from resampling captions with all of their
+pictures. Called again it goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import cast
 
@@ -45,6 +48,16 @@ def settings_of(arm: str) -> SampleSettings:
     return cast(SampleSettings, dict(zip(names, arm.split(":"), strict=False)))
 
 
+def claim(out_dir: Path, cascade: Cascade) -> None:
+    """Keep the pictures of one model in a folder; exit where it holds another's."""
+    model = json.dumps(cascade.stages[0].describe()["checkpoint"]["sha256"])
+    note = out_dir / "model.json"
+    out_dir.mkdir(parents=True, exist_ok=True)
+    if note.exists() and note.read_text(encoding="utf-8") != model:
+        raise SystemExit(f"error: {out_dir} holds pictures of another model: give another folder")
+    note.write_text(model, encoding="utf-8")
+
+
 def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pictures:
     """uint8 [N,H,W,3], a file a chunk of captions."""
     settings = settings_of(arm)
@@ -53,7 +66,8 @@ def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pict
     chunks = []
     for start in tqdm(range(0, len(captions), CHUNK), arm, unit="chunk"):
         path = folder / f"{start:05d}.npy"
-        if not path.exists():
+        wanted = len(captions[start : start + CHUNK])
+        if not path.exists() or len(np.load(path, mmap_mode="r")) != wanted:
             # A chunk has a seed of its own, so that it may be drawn alone.
             result = cascade.sample(
                 captions[start : start + CHUNK],
@@ -72,12 +86,23 @@ def features_of(pictures: Pictures) -> dict[str, NDArray[np.float64]]:
     return {name: extract(name, tensors) for name in FEATURES}
 
 
-def ratio(ours: NDArray[np.float64], theirs: NDArray[np.float64], real: NDArray[np.float64]) -> str:
+def groups_of(captions: list[str]) -> list[NDArray[np.intp]]:
+    """The numbers of each caption's pictures."""
+    _, which = np.unique(captions, return_inverse=True)
+    return [np.flatnonzero(which == number) for number in range(which.max() + 1)]
+
+
+def ratio(
+    ours: NDArray[np.float64],
+    theirs: NDArray[np.float64],
+    real: NDArray[np.float64],
+    groups: list[NDArray[np.intp]],
+) -> str:
     """Fréchet distance of the first over that of the second, with a 95 % interval."""
     rng = np.random.default_rng(0)
     resampled = []
     for _ in range(RESAMPLES):
-        rows = rng.integers(0, len(ours), len(ours))
+        rows = np.concatenate([groups[n] for n in rng.integers(0, len(groups), len(groups))])
         resampled.append(frechet_between(ours[rows], real) / frechet_between(theirs[rows], real))
     low, high = np.quantile(resampled, [0.025, 0.975])
     middle = frechet_between(ours, real) / frechet_between(theirs, real)
@@ -94,7 +119,9 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     args = parser.parse_args()
     cascade = Cascade.load(args.model_path)
+    claim(args.out_dir, cascade)
     captions = [c for c, _ in one_object_captions(args.samples, seed=0, held_out=True)]
+    groups = groups_of(captions)
     truths = [truth_of(caption) for caption in captions]
     scenes = [scene for _, scene in one_object_captions(REFERENCES, seed=1, held_out=True)]
     real = features_of(np.stack([scene.draw(cascade.sizes[0]) for scene in scenes]))
@@ -108,17 +135,18 @@ def main() -> None:
     for arm in args.arms:
         pictures = draw(cascade, arm, captions, args.out_dir)
         verdicts = right(detector.detect_all(pictures), truths)["all"]
+        shares = np.array([verdicts[rows].mean() for rows in groups])
         found = features_of(pictures)
-        first = first or (verdicts, found)
+        first = first or (shares, found)
         (plan,) = cascade.plan(as_flags(settings_of(arm))).stages
         cells = [
             arm,
             str(plan.evaluations),
             f"{verdicts.mean():.3f}",
-            str(paired_difference(verdicts, first[0])),
+            str(paired_difference(shares, first[0])),
         ]
         cells += [f"{frechet_between(found[name], real[name]):.3f}" for name in names]
-        cells += [ratio(found[name], first[1][name], real[name]) for name in names]
+        cells += [ratio(found[name], first[1][name], real[name], groups) for name in names]
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
