@@ -11,7 +11,9 @@ order, with the same noise; its average is drawn from at the given steps, from t
 the same sampler, and measured as evaluate_shapes.py does, and by the Fréchet distance to real
 pictures of other scenes. All objectives reach a step before one goes on, so the table can be read
 while the longer runs are under way. A second table says after how many images the ancestors' eps
-with uniform weights is as good, in every distance and in alignment. Called again it goes on: a run at its last checkpoint, a
+with uniform weights is as good, in every distance and in alignment.
+
+Called again it goes on: a run at its last checkpoint, a
 measurement that is there is not taken again. The learning rate falls to 0 at the last of --steps,
 so name them all from the start.
 """
