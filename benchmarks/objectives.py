@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -136,7 +137,9 @@ def show(args: argparse.Namespace) -> None:
                     continue
                 content = json.loads(path.read_text(encoding="utf-8"))
                 cells = [objective, str(seed), f"{steps * args.batch_size:,}"]
-                cells += [f"{content['frechet'][name]:.3f}" for name in FEATURES]
+                # An older measurement lacks features that came later.
+                frechet = [content["frechet"].get(name, math.nan) for name in FEATURES]
+                cells += [f"{distance:.3f}" for distance in frechet]
                 cells += [f"{content['shares'][name]['mean']:.3f}" for name in columns]
                 print(f"| {' | '.join(cells)} |")
     real = distances([scene.draw(SIZE) for scene in chosen(args.samples, seed=0)[1]])
