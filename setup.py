@@ -41,6 +41,7 @@ setup(
     # The scripts travel in the wheel as diff_dalle.scripts: the verbs of `diff-dalle`.
     packages=[*find_packages(include=["diff_dalle", "diff_dalle.*"]), "diff_dalle.scripts"],
     package_dir={"diff_dalle.scripts": "scripts"},
+    package_data={"diff_dalle.evaluation": ["shapes_classifier.npz"]},
     install_requires=[
         "torch>=2.10",
         "numpy",

@@ -24,6 +24,7 @@ import argparse
 import dataclasses
 import itertools
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -173,7 +174,9 @@ def show(args: argparse.Namespace) -> None:
     print("|---" * (3 + len(FEATURES) + len(columns)) + "|")
     for (objective, seed, steps), content in read_all(args).items():
         cells = [objective, str(seed), f"{steps * args.batch_size:,}"]
-        cells += [f"{content['frechet'][name]:.3f}" for name in FEATURES]
+        # An older measurement lacks features that came later.
+        frechet = [content["frechet"].get(name, math.nan) for name in FEATURES]
+        cells += [f"{distance:.3f}" for distance in frechet]
         cells += [f"{content['shares'][name]['mean']:.3f}" for name in columns]
         print(f"| {' | '.join(cells)} |")
     compare(args)

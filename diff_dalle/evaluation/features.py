@@ -1,4 +1,4 @@
-"""Features of pictures for the Fréchet distance, made of fixed filters: nothing to download.
+"""Features of pictures for the Fréchet distance, with nothing to download.
 
 ``bands``: how much there is in each band of scale and orientation, in logarithms, as the models
 of early vision have it (Portilla and Simoncelli 2000). It sees blur, ringing and noise; it hardly
@@ -9,7 +9,11 @@ mean and standard deviation per channel at four scales. Random filters describe 
 well as trained ones (Ustyuzhaninov et al. 2016, "Texture synthesis using shallow convolutional
 networks with random filters").
 
-Both are functions of the pixels and of nothing else, the same on every machine up to rounding.
+``shapes``: the last layer but one of a small classifier of demo scenes, trained on nothing else.
+It sees what is in the picture, which the other two hardly do, and noise; fine blur it hardly sees.
+Of other pictures it says nothing, and neither of what is finer than a 64th of the picture.
+
+All are functions of the pixels and of nothing else, the same on every machine up to rounding.
 They are no substitute for a trained network's idea of a picture: compare two upsamplers with them,
 not two papers. Notation: B batch, C channels, H W pixels, D features.
 """
@@ -26,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from diff_dalle import keyed_noise
+from diff_dalle.evaluation.shapes_classifier import trained_classifier
 
 _BAND_LEVELS = 5
 _NOISE_FLOOR = 1e-3  # a quarter of one grey level: keeps the logarithm of a flat picture finite
@@ -86,10 +91,17 @@ def random_features(images: Tensor) -> Tensor:
     return torch.cat(features, dim=1)  # [B,64]
 
 
+def shape_features(images: Tensor) -> Tensor:
+    """uint8 [B,3,H,W] -> float32 [B, 64], H and W at least 64; see `shapes_classifier`."""
+    return trained_classifier(images.device).features(images)
+
+
 FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "bands": band_features,
     "random": random_features,
+    "shapes": shape_features,
 }
+ANY_PICTURE = ("bands", "random")  # those that mean something whatever the pictures show
 
 
 def extract(

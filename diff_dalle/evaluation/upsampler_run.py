@@ -16,6 +16,7 @@ from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.data.order import spread
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
+from diff_dalle.evaluation.features import ANY_PICTURE, FEATURES
 from diff_dalle.evaluation.report import write_report
 from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos
 from diff_dalle.knobs import knob, require
@@ -31,10 +32,15 @@ class UpsamplerConfig(DrawingConfig):
     data_dir: list[str] = knob([], "held-out shards: folders, tar files or patterns")
     classifier_scale: float = knob(1.0, "strength of the noised CLIP's gradient, if one is given")
     seed: int = knob(0, "of the noise")
+    features: list[str] = knob(
+        [*ANY_PICTURE], "for Fréchet distances: bands, random; shapes is for demo scenes alone"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(bool(self.data_dir), "data_dir", self.data_dir, "name held-out shards")
+        known = bool(self.features) and set(self.features) <= set(FEATURES)
+        require(known, "features", self.features, f"name some of {', '.join(FEATURES)}")
 
 
 def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
@@ -57,7 +63,7 @@ def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
     (output,) = drawer.draw(
         captions, seed=cfg.seed, classifier_scale=cfg.classifier_scale, low_res=small
     )
-    report = compare_with_lanczos(true, small, output)
+    report = compare_with_lanczos(true, small, output, cfg.features)
     content, table = {**drawer.facts(), **report.to_json()}, report.table()
     grid = comparison(true, small, output)
     return write_report(folder, "upsampler", content, table, grid), table

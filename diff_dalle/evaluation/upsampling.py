@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from diff_dalle.cascade.consistency import measure, psnr
-from diff_dalle.evaluation.features import FEATURES, extract
+from diff_dalle.evaluation.features import ANY_PICTURE, extract
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import Interval, mean_over_captions
 from diff_dalle.sampling_io.store import Pictures
@@ -100,13 +100,16 @@ def enlarge_lanczos(pictures: Pictures, size: int) -> Pictures:
     )
 
 
-def compare_with_lanczos(true: Pictures, small: Pictures, output: Pictures) -> UpsamplerReport:
+def compare_with_lanczos(
+    true: Pictures, small: Pictures, output: Pictures, features: Sequence[str] = ANY_PICTURE
+) -> UpsamplerReport:
     """The report on an upsampler's pictures.
 
     Args:
         true: uint8 [N,H,W,3], N ≥ 4.
         small: uint8 [N,h,w,3], `shrunk_to` of them, what the model was given.
         output: uint8 [N,H,W,3], what the model made of it.
+        features: kinds of features for the Fréchet distances, of `FEATURES`.
     """
     if not true.shape == output.shape or len(small) != len(true):
         raise ValueError(f"true {true.shape}, small {small.shape}, output {output.shape}")
@@ -116,7 +119,7 @@ def compare_with_lanczos(true: Pictures, small: Pictures, output: Pictures) -> U
         count=len(true),
         small_size=small.shape[1],
         image_size=true.shape[1],
-        distances={name: _distances(name, true, output, lanczos) for name in FEATURES},
+        distances={name: _distances(name, true, output, lanczos) for name in features},
         consistency=mean_over_captions(ratios),
         consistent=float((ratios >= CONSISTENT_DB).mean()),
         psnr_model=mean_over_captions(psnr(output, true)),

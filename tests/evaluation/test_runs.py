@@ -307,6 +307,12 @@ def test_an_upsampler_is_given_what_training_shrinks(
     np.testing.assert_array_equal(given[0], expected.permute(0, 2, 3, 1).numpy())
 
 
+@pytest.mark.parametrize("features", [[], ["bands", "inception"]])
+def test_features_that_nobody_knows_are_refused(features: list[str]) -> None:
+    with pytest.raises(UsageError, match="--features.* bands, random, shapes"):
+        UpsamplerConfig(model_path=["a.pt"], data_dir=["b"], features=features)
+
+
 def test_a_base_model_or_a_cascade_is_no_upsampler(models: Path, shards: Path) -> None:
     for names in (["base.pt"], ["up32.pt", "up64.pt"]):
         cfg = UpsamplerConfig(model_path=paths(models, *names), data_dir=[str(shards)], **FAST)

@@ -61,6 +61,13 @@ def test_report_in_words_and_json() -> None:
     assert report.to_json()["distances"]["random"]["model"] == pytest.approx(0, abs=1e-6)
 
 
+def test_the_kinds_of_features_are_chosen() -> None:
+    assert set(compare_with_lanczos(TRUE[:8], SMALL[:8], TRUE[:8]).distances) == {"bands", "random"}
+    report = compare_with_lanczos(TRUE[:8], SMALL[:8], TRUE[:8], ["shapes"])
+    assert set(report.distances) == {"shapes"}
+    assert "| Fréchet distance, `shapes` |" in report.table()
+
+
 def test_sets_that_do_not_belong_together_are_refused() -> None:
     with pytest.raises(ValueError, match="true"):
         compare_with_lanczos(TRUE[:8], SMALL[:7], TRUE[:8])
