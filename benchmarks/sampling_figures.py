@@ -90,7 +90,7 @@ def samplers(models: Models) -> Grid:
         ]
         for name in names
     ]
-    return Grid(names, [f"≤ {n} evaluations" for n in counts], cells)
+    return Grid(names, [f"up to {n} evaluations" for n in counts], cells)
 
 
 def guidance(models: Models) -> Grid:
