@@ -27,19 +27,19 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
+from demo_scenes import features_of, held_out, real_features
 from measure import machine
+from numpy.typing import NDArray
 
-from diff_dalle.data.captions import one_object_captions
-from diff_dalle.data.shapes import Scene
 from diff_dalle.evaluation.alignment import score_detections, shapes_detector, truth_of
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
-from diff_dalle.evaluation.features import FEATURES, extract
+from diff_dalle.evaluation.features import FEATURES
 from diff_dalle.evaluation.frechet import frechet_between
-from diff_dalle.sampling_io.store import Pictures
 
 ROOT = Path(__file__).parent.parent
 UNIFORM = "--schedule_sampler uniform"
@@ -60,7 +60,7 @@ OBJECTIVES = {
     "preset-offset": "--noise_offset 0.1",
     "preset-perturbed": "--input_perturbation 0.1",
 }
-SIZE, REFERENCES, EMA = 64, 2_000, "0.99"
+SIZE, EMA = 64, "0.99"
 SAMPLER = {"use_ddim": True, "timestep_respacing": ["20"], "guidance_scale": ["2.0"]}
 
 
@@ -82,22 +82,10 @@ def train(objective: str, seed: int, steps: int, args: argparse.Namespace) -> Pa
     return weights
 
 
-def chosen(count: int, seed: int) -> tuple[list[str], list[Scene]]:
-    """Captions of combinations that training never shows, and their scenes."""
-    pairs = one_object_captions(count, seed, held_out=True)
-    return [caption for caption, _ in pairs], [scene for _, scene in pairs]
-
-
-def tensors(pictures: Pictures | list[Any]) -> list[torch.Tensor]:
-    """uint8 [H,W,3] each -> uint8 [3,H,W] each."""
-    return [torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in pictures]
-
-
-def distances(pictures: Pictures | list[Any]) -> dict[str, float]:
-    """Fréchet distances to real pictures of other scenes."""
-    real = tensors([scene.draw(SIZE) for scene in chosen(REFERENCES, seed=1)[1]])
-    found = tensors(pictures)
-    return {name: frechet_between(extract(name, found), extract(name, real)) for name in FEATURES}
+def distances(pictures: Sequence[NDArray[np.uint8]]) -> dict[str, float]:
+    """Fréchet distances to real scenes."""
+    found, real = features_of(pictures), real_features(SIZE)
+    return {name: frechet_between(found[name], real[name]) for name in FEATURES}
 
 
 def measure(weights: Path, args: argparse.Namespace) -> None:
@@ -105,7 +93,7 @@ def measure(weights: Path, args: argparse.Namespace) -> None:
     out = measurement(weights, args.samples)
     if out.exists():
         return
-    captions, _ = chosen(args.samples, seed=0)
+    captions, _ = held_out(args.samples)
     cfg = DrawingConfig(
         model_path=[str(weights)], num_samples=args.samples, batch_size=32, **SAMPLER
     )
@@ -180,7 +168,7 @@ def show(args: argparse.Namespace) -> None:
         cells += [f"{content['shares'][name]['mean']:.3f}" for name in columns]
         print(f"| {' | '.join(cells)} |")
     compare(args)
-    real = distances([scene.draw(SIZE) for scene in chosen(args.samples, seed=0)[1]])
+    real = distances([scene.draw(SIZE) for scene in held_out(args.samples)[1]])
     floor = ", ".join(f"{name} {value:.3f}" for name, value in real.items())
     print(f"\n{args.samples} real pictures: Fréchet {floor}")
 

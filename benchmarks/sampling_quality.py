@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
+from demo_scenes import features_of, held_out, real_features
 from measure import machine
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -30,14 +30,13 @@ from tqdm import tqdm
 from diff_dalle import Cascade
 from diff_dalle.cascade import SampleSettings
 from diff_dalle.cascade.settings import as_flags
-from diff_dalle.data.captions import one_object_captions
 from diff_dalle.evaluation.alignment import right, shapes_detector, truth_of
-from diff_dalle.evaluation.features import FEATURES, extract
+from diff_dalle.evaluation.features import FEATURES
 from diff_dalle.evaluation.frechet import frechet_between
 from diff_dalle.evaluation.intervals import paired_difference
 
 ARMS = ["ddpm:250:uniform", "unipc:20:logsnr", "dpmpp_2m:20:logsnr", "ddim:20:uniform"]
-REFERENCES, CHUNK, RESAMPLES = 2_000, 50, 200
+CHUNK, RESAMPLES = 50, 200
 
 Pictures = NDArray[np.uint8]
 
@@ -81,11 +80,6 @@ def draw(cascade: Cascade, arm: str, captions: list[str], out_dir: Path) -> Pict
     return np.concatenate(chunks)
 
 
-def features_of(pictures: Pictures) -> dict[str, NDArray[np.float64]]:
-    tensors = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-    return {name: extract(name, tensors) for name in FEATURES}
-
-
 def groups_of(captions: list[str]) -> list[NDArray[np.intp]]:
     """The numbers of each caption's pictures."""
     _, which = np.unique(captions, return_inverse=True)
@@ -120,11 +114,10 @@ def main() -> None:
     args = parser.parse_args()
     cascade = Cascade.load(args.model_path)
     claim(args.out_dir, cascade)
-    captions = [c for c, _ in one_object_captions(args.samples, seed=0, held_out=True)]
+    captions, _ = held_out(args.samples)
     groups = groups_of(captions)
     truths = [truth_of(caption) for caption in captions]
-    scenes = [scene for _, scene in one_object_captions(REFERENCES, seed=1, held_out=True)]
-    real = features_of(np.stack([scene.draw(cascade.sizes[0]) for scene in scenes]))
+    real = real_features(cascade.sizes[0])
     detector = shapes_detector()
     print(machine("torch"))
     names = list(FEATURES)
