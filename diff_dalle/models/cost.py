@@ -97,7 +97,11 @@ class _Allocations(TorchDispatchMode):
         for leaf in tree_leaves(out):
             if _is_tensor(leaf) and _storage(leaf) not in known:
                 self.sizes[_storage(leaf)] = leaf.untyped_storage().nbytes()
+        self.note()
         return out
+
+    def note(self) -> None:
+        """Told after every operator."""
 
     def alive(self) -> int:
         """Bytes of the remembered storages that something still holds."""
@@ -111,17 +115,10 @@ class _Peak(_Allocations):
         super().__init__()
         self.most = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+    def note(self) -> None:
+        """Forgets what is gone, so that a long run stays small, and takes the peak."""
         self.sizes = {storage: n for storage, n in self.sizes.items() if not storage.expired()}
         self.most = max(self.most, sum(self.sizes.values()))
-        return out
 
 
 def _is_tensor(value: object) -> bool:
