@@ -32,9 +32,10 @@ UNIFORM = "uniform"
 # cosine schedule goes on to -9.9, where a grid would spend a quarter of its steps on next to
 # nothing.
 LEAST_HALF_LOG_SNR = -5.1
-# As far on the other side, where noise is below one level of an 8-bit picture. The linear and the
-# cosine schedule begin on this side of it, the flow schedule of 1000 steps at 6.9.
-MOST_HALF_LOG_SNR = 5.1
+# As far on the other side, where noise is below one level of an 8-bit picture. The cosine schedule
+# begins just before, at 5.05. The flow schedule of 1000 steps begins at 6.9; what goes beyond is
+# walked from where the linear schedule begins, as a grid has steps to lose there, not to spend.
+MOST_HALF_LOG_SNR, LINEAR_BEGIN = 5.1, 4.6
 RHO = 7  # Karras et al. 2022, section 3
 
 
@@ -162,15 +163,16 @@ def _by_noise(
     """The steps nearest to ``levels`` of half log-SNR, from step 0 to the last step.
 
     A process that goes on beyond `LEAST_HALF_LOG_SNR` takes its last step and then those levels;
-    one that begins beyond `MOST_HALF_LOG_SNR` takes no step there.
+    one that begins beyond `MOST_HALF_LOG_SNR` takes no step before `LINEAR_BEGIN`.
     """
     last = len(alpha_bar) - 1
     if count == 1:
         return [last]
     table = torch.logit(alpha_bar) / 2  # [T], falling; -inf where no signal is left
     beyond = float(table[-1]) < LEAST_HALF_LOG_SNR
-    low, high = LEAST_HALF_LOG_SNR, MOST_HALF_LOG_SNR
-    begin, end = (min(max(float(table[i]), low), high) for i in (0, -1))
+    begin, end = float(table[0]), max(float(table[-1]), LEAST_HALF_LOG_SNR)
+    if begin > MOST_HALF_LOG_SNR:
+        begin = LINEAR_BEGIN
     wanted = levels(begin, end, count - 1 if beyond else count)
     steps = (wanted[:, None] - table[None, :]).abs().argmin(dim=1).tolist()
     return [*steps, last] if beyond else steps
