@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -24,19 +23,13 @@ from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.store import read_pictures
 
-ROOT = Path(__file__).parent.parent
-TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
+ROOT = Path(__file__).parents[2]
 FEW = ["--steps", "2", "--device", "cpu"]
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원"]
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 MASK = np.zeros((32, 32), np.uint8)
 MASK[:, 16:] = 255
 Sample = Callable[[list[str]], None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +40,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(picture).save(place / f"{number}.png")
     Image.fromarray(MASK).save(place / "mask.png")
     return place
-
-
-@pytest.fixture(scope="module")
-def sample() -> Sample:
-    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
 
 
 def edit_flags(inputs: Path) -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -23,21 +22,10 @@ from diff_dalle.cascade import share
 from diff_dalle.sampling_io.outputs import publish
 from diff_dalle.sampling_io.store import read_pictures
 
-ROOT = Path(__file__).parent.parent
-TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
+ROOT = Path(__file__).parents[2]
 FEW = ["--timestep_respacing", "2", "--device", "cpu"]
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star"]
 Sample = Callable[[list[str]], None]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
-
-
-@pytest.fixture(scope="module")
-def sample() -> Sample:
-    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
 
 
 def test_a_run_that_fails_goes_on_where_it_was(

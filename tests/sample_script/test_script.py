@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
@@ -23,20 +22,9 @@ from diff_dalle.distributed import World
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.store import read_pictures
 
-ROOT = Path(__file__).parent.parent
-TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
+ROOT = Path(__file__).parents[2]
 FEW = ["--steps", "2", "--device", "cpu"]
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원", "a star"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
-
-
-@pytest.fixture(scope="module")
-def sample() -> Callable[[list[str]], None]:
-    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
 
 
 Sample = Callable[[list[str]], None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import runpy
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +18,9 @@ from diff_dalle.cascade import share
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.store import read_pictures
 
-ROOT = Path(__file__).parent.parent
-TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
 PROMPTS = ["a red circle", "a star", "x"]
 Sample = Callable[[list[str]], None]
 pytestmark = pytest.mark.filterwarnings("ignore:stage . is drawn in tiles")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
-
-
-@pytest.fixture(scope="module")
-def sample() -> Sample:
-    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
 
 
 def argv(out: Path, *models: Path) -> list[str]:

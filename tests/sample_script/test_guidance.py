@@ -17,26 +17,16 @@ from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig
 from diff_dalle.sampling_io.store import read_pictures
 
-ROOT = Path(__file__).parent.parent
-TINY = runpy.run_path(str(Path(__file__).parent / "programs" / "tiny_cascade.py"))
+ROOT = Path(__file__).parents[2]
+TINY = runpy.run_path(str(ROOT / "tests" / "programs" / "tiny_cascade.py"))
 FEW = ["--timestep_respacing", "2", "--device", "cpu"]
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원"]
 Sample = Callable[[list[str]], None]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("cascade"))
-
-
-@pytest.fixture(scope="module")
 def cascade(folder: Path) -> Cascade:
     return Cascade.load(str(folder / "base.pt"), str(folder / "clip.pt"))
-
-
-@pytest.fixture(scope="module")
-def sample() -> Sample:
-    return runpy.run_path(str(ROOT / "scripts" / "sample.py"))["sample"]
 
 
 def test_the_manifest_tells_how_the_pictures_were_guided(
