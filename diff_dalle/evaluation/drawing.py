@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diff_dalle.cascade import Cascade, CascadeResult
+from diff_dalle.cascade.contrast import read_contrast
 from diff_dalle.cascade.cut import describe_cut
 from diff_dalle.config import SampleConfig
 from diff_dalle.knobs import AUTO, knob, require
@@ -27,6 +28,9 @@ class DrawingConfig:
         [], "checkpoints from the smallest picture to the largest, or a folder that holds them"
     )
     classifier_path: list[str] = knob([], "noised CLIPs that guide, as for sample.py")
+    classifier_interval: list[str] = knob(["all"], "noise levels at which they do, likewise")
+    classifier_schedule: list[str] = knob(["constant"], "how it goes over the steps, likewise")
+    contrast: str = knob("none", "captions they tell a prompt from, likewise")
     guidance_scale: list[str] = knob(
         ["1.0"], "strength of classifier-free guidance, one a stage; 1 is none"
     )
@@ -89,27 +93,11 @@ class Drawer:
         """
         from tqdm import tqdm
 
-        cfg = self._cfg
-        plan = self.cascade.plan(
-            SampleConfig(
-                seed=seed,
-                classifier_scale=[str(classifier_scale)],
-                guidance_scale=cfg.guidance_scale,
-                guidance_interval=cfg.guidance_interval,
-                guidance_schedule=cfg.guidance_schedule,
-                guidance_rescale=cfg.guidance_rescale,
-                sampler=cfg.sampler,
-                steps=cfg.steps,
-                step_spacing=cfg.step_spacing,
-                timestep_respacing=cfg.timestep_respacing,
-                use_ddim=cfg.use_ddim,
-                aug_level=cfg.aug_level,
-                batch_size=cfg.batch_size,
-            ),
-            low_res,
-        )
+        cfg = self._settings(seed, classifier_scale)
         named = [Prompt(text, f"prompt {n}") for n, text in enumerate(prompts)]
-        cut = describe_cut(self.cascade.stages, named)
+        contrast = read_contrast(cfg.contrast, named)
+        plan = self.cascade.plan(cfg, low_res, [caption.text for caption in contrast])
+        cut = describe_cut(self.cascade.stages, named, contrast=contrast)
         cost = plan.describe_cost()
         self._tell([*self.cascade.notes, *plan.notes(), *cut, cost])
         results = []
@@ -121,6 +109,33 @@ class Drawer:
                 results.append(result)
                 bar.update(len(indices))
         return CascadeResult.join(results).stages
+
+    def _settings(self, seed: int, classifier_scale: float) -> SampleConfig:
+        """The flags of sample.py; a sweep's strength 0 leaves what else is said of CLIPs unread."""
+        cfg = self._cfg
+        unguided = SampleConfig(
+            seed=seed,
+            classifier_scale=[str(classifier_scale)],
+            guidance_scale=cfg.guidance_scale,
+            guidance_interval=cfg.guidance_interval,
+            guidance_schedule=cfg.guidance_schedule,
+            guidance_rescale=cfg.guidance_rescale,
+            sampler=cfg.sampler,
+            steps=cfg.steps,
+            step_spacing=cfg.step_spacing,
+            timestep_respacing=cfg.timestep_respacing,
+            use_ddim=cfg.use_ddim,
+            aug_level=cfg.aug_level,
+            batch_size=cfg.batch_size,
+        )
+        if classifier_scale == 0:
+            return unguided
+        return dataclasses.replace(
+            unguided,
+            classifier_interval=cfg.classifier_interval,
+            classifier_schedule=cfg.classifier_schedule,
+            contrast=cfg.contrast,
+        )
 
     def _tell(self, notes: Sequence[str]) -> None:
         """Print notes, each once however often is drawn."""

@@ -169,6 +169,23 @@ def test_guidance_is_that_of_sample_py(models: Path, capsys: pytest.CaptureFixtu
     assert "network evaluations a picture: 16 px" in capsys.readouterr().out
 
 
+def test_the_clip_guides_as_in_sample_py_and_not_at_all_at_strength_0(models: Path) -> None:
+    guidance: dict[str, Any] = {
+        "classifier_interval": ["0.1,inf"],
+        "classifier_schedule": ["linear"],
+        "contrast": "prompts",
+    }
+    base, clip = paths(models, "base.pt"), paths(models, "clip.pt")
+    drawer = Drawer(DrawingConfig(model_path=base, classifier_path=clip, **FAST, **guidance))
+    steps = FAST["timestep_respacing"][0]
+    same = {"sampler": "ddpm", "steps": steps, "step_spacing": "uniform"}
+    cascade, prompts = Cascade.load(base[0], clip[0]), ["a star", "a circle"]
+    for scale, settings in ((20.0, guidance), (0.0, {})):
+        drawn = drawer.draw(prompts, seed=0, classifier_scale=scale)[0]
+        expected = cascade.sample(prompts, classifier_scale=scale, **same, **settings)
+        np.testing.assert_array_equal(drawn, expected.stages[0])
+
+
 def test_what_the_user_should_know_is_told_once(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
