@@ -13,6 +13,7 @@ from diff_dalle.data.shapes import Scene
 from diff_dalle.evaluation.features import FEATURES, extract
 
 REFERENCES, OTHER_SEED = 2_000, 1  # of real scenes, which are other ones of the same captions
+LEAST = 64  # pixels of a side that all features can be taken of
 
 
 def held_out(count: int, seed: int = 0) -> tuple[list[str], list[Scene]]:
@@ -22,10 +23,18 @@ def held_out(count: int, seed: int = 0) -> tuple[list[str], list[Scene]]:
 
 
 def features_of(pictures: Iterable[NDArray[np.uint8]]) -> dict[str, NDArray[np.float64]]:
-    """All kinds of features, each [N,D], of uint8 pictures [H,W,3] or of one array of them."""
-    # A copy each: pictures of a file cannot be written, which torch warns of.
-    found = [torch.from_numpy(picture.copy()).permute(2, 0, 1) for picture in pictures]
+    """All kinds of features, each [N,D], of uint8 pictures [H,W,3] or of one array of them.
+
+    Pixels of smaller pictures are repeated until a side has 64.
+    """
+    found = [torch.from_numpy(_enlarged(picture)).permute(2, 0, 1) for picture in pictures]
     return {name: extract(name, found) for name in FEATURES}
+
+
+def _enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    times = max(1, LEAST // picture.shape[0])
+    # Always a copy: pictures of a file cannot be written, which torch warns of.
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def real_features(size: int) -> dict[str, NDArray[np.float64]]:

@@ -80,7 +80,7 @@ def compare_default(samples: int) -> None:
         base = Schedule.make(schedule, 1000)
         for data, stds in STDS.items():
             row = [error(name, base, n, spacing, stds, samples) for name, spacing, n in arms]
-            print(f"| {schedule}, {data} |", " | ".join(f"{1000 * e:.1f}" for e in row), "|")
+            print(f"| {schedule}, {data} |", " | ".join(f"{1000 * e:.2f}" for e in row), "|")
 
 
 def main() -> None:
