@@ -10,10 +10,9 @@ from numpy.typing import NDArray
 
 from diff_dalle.data.captions import one_object_captions
 from diff_dalle.data.shapes import Scene
-from diff_dalle.evaluation.features import FEATURES, extract
+from diff_dalle.evaluation.features import FEATURES, LEAST_SIDE, extract
 
 REFERENCES, OTHER_SEED = 2_000, 1  # of real scenes, which are other ones of the same captions
-LEAST = 64  # pixels of a side that all features can be taken of
 
 
 def held_out(count: int, seed: int = 0) -> tuple[list[str], list[Scene]]:
@@ -32,7 +31,7 @@ def features_of(pictures: Iterable[NDArray[np.uint8]]) -> dict[str, NDArray[np.f
 
 
 def _enlarged(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    times = max(1, LEAST // picture.shape[0])
+    times = max(1, max(LEAST_SIDE.values()) // picture.shape[0])
     # Always a copy: pictures of a file cannot be written, which torch warns of.
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 

@@ -12,7 +12,8 @@ from demo_scenes import features_of, held_out, real_features
 from numpy.typing import NDArray
 
 from diff_dalle.cascade.inputs import shrunk_to
-from diff_dalle.evaluation.alignment import score_detections, shapes_detector, truth_of
+from diff_dalle.data.loader import DataConfig
+from diff_dalle.evaluation.alignment import score, truth_of
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.features import ANY_PICTURE, FEATURES
 from diff_dalle.evaluation.frechet import frechet_between
@@ -70,9 +71,8 @@ def measure_base(weights: Path, _data: Path, samples: int) -> dict[str, Any]:
     drawer = by_ddim(weights, steps=20, guidance_scale=2.0)
     (pictures,) = drawer.draw(captions, seed=0, classifier_scale=0.0)
     truths = [truth_of(caption) for caption in captions]
-    scores = score_detections(shapes_detector().detect_all(pictures), truths)
-    shares = dataclasses.asdict(scores)["shares"]
-    means = {name: shares[name]["mean"] for name in BASE_SCORES}
+    shares = score(pictures, truths).shares
+    means = {name: shares[name].mean for name in BASE_SCORES}
     return {"frechet": distances(pictures), "scores": means, **drawer.facts()}
 
 
@@ -80,7 +80,8 @@ def measure_upsampler(weights: Path, data: Path, samples: int) -> dict[str, Any]
     """Held-out pictures shrunk and enlarged, DDIM in 6 steps without guidance."""
     drawer = by_ddim(weights, steps=6, guidance_scale=1.0)
     stage = drawer.cascade.stages[0]
-    true, captions = read_held_out([str(data)], samples, stage.image_size, with_text=True)
+    shards = DataConfig(data_dir=[str(data)], num_workers=0)
+    true, captions = read_held_out(shards, samples, stage.image_size, with_text=True)
     small = shrunk_to(true, (stage.small_size, stage.small_size), stage.device)
     (pictures,) = drawer.draw(captions, seed=0, classifier_scale=0.0, low_res=small)
     report = compare_with_lanczos(true, small, pictures)

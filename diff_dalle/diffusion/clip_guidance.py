@@ -5,6 +5,7 @@ Notation: B batch, E width of the features, K captions of a contrast set.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -86,7 +87,8 @@ def clip_gradient(
             x = x_t.detach().requires_grad_(True)
             total = log_probability(encode_image(x, to_model_time(t))).sum()
             (gradient,) = torch.autograd.grad(total, x)
-        return per_sample(scales.to(x_t.dtype).to(x_t.device), x_t) * gradient
+        strength = scales.to(x_t.dtype).to(x_t.device, non_blocking=True)
+        return per_sample(strength, x_t) * gradient
 
     return guide
 
@@ -107,4 +109,5 @@ def time_of_other_process(
         From t int64 [B] in ``sampled`` to what the network is told, [B].
     """
     times = trained.model_time(trained.nearest_step(sampled.alpha_bar))  # [T]
-    return lambda t: times.to(t.device)[t]
+    on = functools.cache(times.to)  # one copy a device, not one a step
+    return lambda t: on(t.device)[t]

@@ -113,6 +113,7 @@ def rescaled(guided: Tensor, cond: Tensor, phi: float) -> Tensor:
 def _led_away(cond: Tensor, uncond: Tensor, scales: Tensor, rescale: float) -> Tensor:
     """uncond + s (cond - uncond), perhaps `rescaled`; scales [B], the others [B,C,H,W]."""
     # Scales stay float32 beside halves, which hold three digits.
-    scales = scales.to(torch.promote_types(cond.dtype, torch.float32)).to(cond.device)
+    scales = scales.to(torch.promote_types(cond.dtype, torch.float32))
+    scales = scales.to(cond.device, non_blocking=True)  # nothing else would wait for the device
     guided = uncond + per_sample(scales, cond) * (cond - uncond)
     return rescaled(guided, cond, rescale) if rescale else guided

@@ -38,6 +38,8 @@ class LossConfig:
         must = "be uniform with --use_kl: the bound has weights of its own"
         require(not (self.use_kl and weighted), "loss_weighting", self.loss_weighting, must)
         require(self.min_snr_gamma > 0, "min_snr_gamma", self.min_snr_gamma, "be above 0")
+        finite = math.isfinite(self.sigmoid_bias)
+        require(finite, "sigmoid_bias", self.sigmoid_bias, "be finite")
 
 
 def min_snr(log_snr: Tensor, cfg: LossConfig) -> Tensor:

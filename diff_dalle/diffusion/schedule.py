@@ -112,7 +112,9 @@ class NoiseConfig:
         single = self.zero_terminal_snr and self.diffusion_steps == 1
         must = "be at least 2 with --zero_terminal_snr"
         require(not single, "diffusion_steps", self.diffusion_steps, must)
-        require(self.schedule_shift > 0, "schedule_shift", self.schedule_shift, "be above 0")
+        # Far beyond any ratio of two sizes, and still no step without any signal or any noise.
+        fits = 1e-3 <= self.schedule_shift <= 1e3
+        require(fits, "schedule_shift", self.schedule_shift, "lie between 0.001 and 1000")
 
     def resolve(self, image_size: int) -> str:
         """The schedule's name: cosine for ``auto`` up to 64 pixels a side, linear above."""
@@ -142,7 +144,8 @@ class ProcessConfig(NoiseConfig):
         """Raise a `UsageError` that names the wrong field."""
         super().__post_init__()
         require_choice("prediction", self.prediction, [*PREDICTIONS])
-        require(self.sigma_data > 0, "sigma_data", self.sigma_data, "be above 0")
+        fits = 0 < self.sigma_data < math.inf
+        require(fits, "sigma_data", self.sigma_data, "be above 0 and finite")
         require(
             not self.predict_xstart or self.prediction in ("eps", "x0"),
             "prediction",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from diff_dalle.diffusion.gaussian import GaussianDiffusion
+from diff_dalle.errors import UsageError
 from diff_dalle.knobs import knob, require, require_choice
 
 UNIFORM_SHARES = {"logsnr-normal": "logsnr_uniform", "logit-normal": "logit_uniform"}
@@ -163,6 +164,11 @@ class NormalSampler:
         """
         finite = torch.isfinite(level)
         inside = level[finite]
+        if not len(inside):
+            raise UsageError(
+                f"--schedule_sampler {name}-normal finds noise alone at every step of the process: "
+                "give more --diffusion_steps"
+            )
         edges = torch.cat([inside[:1], (inside[1:] + inside[:-1]) / 2, inside[-1:]])
         density = torch.zeros_like(level)
         density[finite] = torch.exp(-0.5 * ((inside - mean) / std) ** 2) * edges.diff().abs()

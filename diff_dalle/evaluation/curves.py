@@ -98,8 +98,11 @@ def draw_curves(cfg: CurvesConfig) -> Path:
     axes.grid(alpha=0.3)
     axes.legend()
     out = Path(cfg.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=120)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(out, dpi=120)
+    except (OSError, ValueError) as problem:  # ValueError: no such kind of picture
+        raise UsageError(f"--out {out} cannot be written: {problem}") from problem
     return out
 
 

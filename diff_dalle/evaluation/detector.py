@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+LEAST_SIDE = 32  # pixels of a square that can be judged
 WORKING_SIZE = 128  # pixels; larger pictures are averaged down first
 _BORDER = 1 / 32  # of the picture's side
 _VISIBLE = 10.0  # CIELAB units, of which 2.3 are just noticeable: less is no object

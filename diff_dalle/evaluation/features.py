@@ -101,6 +101,7 @@ FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
     "random": random_features,
     "shapes": shape_features,
 }
+LEAST_SIDE = {"bands": 48, "random": 48, "shapes": 64}  # pixels that each can be taken of
 ANY_PICTURE = ("bands", "random")  # those that mean something whatever the pictures show
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from diff_dalle.data.captions import one_object_captions
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.alignment import agreement, score_detections, shapes_detector, truth_of
+from diff_dalle.evaluation.detector import LEAST_SIDE
 from diff_dalle.evaluation.detector_check import check_detector
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.report import verdict_grid, verdict_rows, write_report
@@ -140,7 +141,8 @@ def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], 
     """The pictures of each npz file, and the captions that belong to them.
 
     Raises:
-        UsageError: a file that cannot be read, or numbers that differ.
+        UsageError: a file that cannot be read, numbers that differ, or pictures that the detector
+            cannot judge.
     """
     try:
         lines = Path(captions).read_text(encoding="utf-8").splitlines()
@@ -153,6 +155,12 @@ def read_outputs(images: Sequence[str], captions: str) -> tuple[list[Pictures], 
             raise UsageError(
                 f"--images {path} holds {len(stage)} pictures, but {captions} has {len(lines)} "
                 "lines: give one caption a picture"
+            )
+        height, width = stage.shape[1:3]
+        if height != width or height < LEAST_SIDE:
+            raise UsageError(
+                f"--images {path} holds pictures of {width} x {height} px: only squares of "
+                f"{LEAST_SIDE} px or more can be scored"
             )
     return stages, lines
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from diff_dalle.data.loader import DataConfig, open_data
 from diff_dalle.data.order import spread
 from diff_dalle.errors import UsageError
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
-from diff_dalle.evaluation.features import ANY_PICTURE, FEATURES
+from diff_dalle.evaluation.features import ANY_PICTURE, FEATURES, LEAST_SIDE
 from diff_dalle.evaluation.report import write_report
 from diff_dalle.evaluation.upsampling import compare_with_lanczos, enlarge_lanczos
 from diff_dalle.knobs import knob, require
@@ -30,6 +29,9 @@ class UpsamplerConfig(DrawingConfig):
     """Which held-out pictures to enlarge."""
 
     data_dir: list[str] = knob([], "held-out shards: folders, tar files or patterns")
+    caption_key: str | None = knob(
+        None, "field of the .json that holds captions (default: that of the training)"
+    )
     classifier_scale: float = knob(1.0, "strength of the noised CLIP's gradient, if one is given")
     seed: int = knob(0, "of the noise")
     features: list[str] = knob(
@@ -55,8 +57,13 @@ def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
     stage = drawer.cascade.stages[0]
     if len(drawer.cascade.stages) > 1 or not stage.small_size:
         raise UsageError("--model_path must name one upsampler: evaluate_shapes.py takes cascades")
+    least = max(LEAST_SIDE[name] for name in cfg.features)
+    must = f"be of stages of {least} px or more: this one makes {stage.image_size} px"
+    require(stage.image_size >= least, "features", cfg.features, must)
+    key = cfg.caption_key or stage.loaded.run.data.caption_key
+    data = DataConfig(data_dir=cfg.data_dir, caption_key=key, num_workers=0)
     true, captions = read_held_out(
-        cfg.data_dir, cfg.num_samples, stage.image_size, with_text=stage.reads_text
+        data, cfg.num_samples, stage.image_size, with_text=stage.reads_text
     )
     small = shrunk_to(true, (stage.small_size, stage.small_size), stage.device)
     folder = cfg.folder()  # before hours of drawing, not after them
@@ -70,7 +77,7 @@ def evaluate_upsampler(cfg: UpsamplerConfig) -> tuple[list[Path], str]:
 
 
 def read_held_out(
-    data_dir: Sequence[str], count: int, image_size: int, *, with_text: bool
+    cfg: DataConfig, count: int, image_size: int, *, with_text: bool
 ) -> tuple[Pictures, list[str]]:
     """Pictures uint8 [N,S,S,3] spread evenly over a dataset, and their captions.
 
@@ -79,7 +86,6 @@ def read_held_out(
     Raises:
         UsageError: the dataset is missing or has fewer than four usable pictures.
     """
-    cfg = DataConfig(data_dir=list(data_dir), num_workers=0)
     dataset = open_data(cfg, split="train", image_size=image_size, with_text=with_text, seed=0)
     pictures, captions = [], []
     for sample in spread(len(dataset), count):
@@ -92,7 +98,7 @@ def read_held_out(
         captions.append(caption)
     if len(pictures) < 4:
         raise UsageError(
-            f"--data_dir {' '.join(data_dir)} has {len(pictures)} usable pictures of "
+            f"--data_dir {' '.join(cfg.data_dir)} has {len(pictures)} usable pictures of "
             f"{image_size} px: 4 are the least, 256 are good"
         )
     return np.stack(pictures), captions

@@ -6,7 +6,7 @@ of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -166,8 +166,8 @@ class TextMemory:
         self._read = read or (lambda attention: attention.read(self.text))
         self._kept: dict[CrossAttention, tuple[Tensor, Tensor]] = {}
 
-    def of(self, numbers: Sequence[int]) -> TextMemory:
-        """What is remembered of some of the captions; one may be named more than once."""
+    def of(self, numbers: Tensor) -> TextMemory:
+        """What is remembered of some captions, int64 on their device; perhaps one repeatedly."""
 
         def read(attention: CrossAttention) -> tuple[Tensor, Tensor]:
             key, value = self.read_by(attention)

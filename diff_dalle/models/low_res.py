@@ -44,8 +44,8 @@ def gaussian_blur(x: Tensor, sigma: Tensor, radius: int = 1) -> Tensor:
     Args:
         x: float [B,C,H,W].
         sigma: float [B] in pixels, 0 or more; 0 leaves an image exactly as it is.
-        radius: pixels of the kernel on each side of its centre. 1 is one standard deviation
-            or more for every sigma up to 1 (0.4 to 0.6 are used).
+        radius: pixels of the kernel on each side of its centre, one standard deviation or more:
+            1 for every sigma up to 1 (0.4 to 0.6 are used).
     Returns:
         [B,C,H,W].
     """

@@ -119,28 +119,41 @@ class TiledGenerator(nn.Module):
             cond = replace(cond, low_res=enlarge(cond.low_res, (x_t.shape[2], x_t.shape[3])))
         down, across = range(len(self._rows.starts)), range(len(self._columns.starts))
         places = list(product(down, across, range(len(x_t))))
+        # On the device, once: a list would be copied there, and waited for, at every tile.
+        numbers = torch.arange(len(places), device=x_t.device) % len(x_t)
+        # Halves would round every tile's share before they are added.
+        dtype = torch.promote_types(x_t.dtype, torch.float32)
+        rows, columns = (
+            axis.weights.to(x_t.device, dtype) for axis in (self._rows, self._columns)
+        )  # [N,tile] each
         answer: Tensor | None = None
         for first in range(0, len(places), self._batch):
             chunk = places[first : first + self._batch]
-            part = self._ask(x_t, t, cond, chunk)  # [batch,C,tile,tile]
+            part = self._ask(x_t, t, cond, chunk, numbers[first : first + self._batch])
             if answer is None:
-                # Halves would round every tile's share before they are added.
-                dtype = torch.promote_types(part.dtype, torch.float32)
                 answer = part.new_zeros((len(x_t), part.shape[1], *x_t.shape[2:]), dtype=dtype)
             for (row, column, n), tile in zip(chunk, part, strict=True):
-                self._cut(answer[n], row, column).add_(self._share(row, column, answer) * tile)
+                share = rows[row][:, None] * columns[column]  # [tile,tile]
+                self._cut(answer[n], row, column).add_(share * tile)
         assert answer is not None
         return answer.to(x_t.dtype)
 
     def _ask(
-        self, x_t: Tensor, t: Tensor, cond: Cond, chunk: Sequence[tuple[int, int, int]]
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond,
+        chunk: Sequence[tuple[int, int, int]],
+        numbers: Tensor,
     ) -> Tensor:
-        """The generator's answer about tiles (row, column, number of the picture)."""
+        """The generator's answer [batch,C,tile,tile] about tiles (row, column, picture).
+
+        ``numbers`` are those of the pictures once more, int64 [batch] on the device.
+        """
 
         def tiles(pictures: Tensor) -> Tensor:
             return torch.stack([self._cut(pictures[n], row, column) for row, column, n in chunk])
 
-        numbers = [n for _, _, n in chunk]
         told: dict[str, Any] = {}
         for field in fields(cond):
             value = getattr(cond, field.name)
@@ -156,8 +169,3 @@ class TiledGenerator(nn.Module):
         """One tile of [C,H,W], a view."""
         top, left = self._rows.starts[row], self._columns.starts[column]
         return picture[:, top : top + self._rows.tile, left : left + self._columns.tile]
-
-    def _share(self, row: int, column: int, like: Tensor) -> Tensor:
-        """The weights of one tile, [tile,tile]."""
-        down, across = self._rows.weights[row].to(like), self._columns.weights[column].to(like)
-        return down[:, None] * across

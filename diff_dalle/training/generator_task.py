@@ -63,8 +63,8 @@ class GeneratorTaskConfig:
         for name in ("cond_drop_prob", "blur_prob", "aug_level_max"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "lie in [0, 1]")
-        low_high = len(self.blur_sigma) == 2 and 0 <= self.blur_sigma[0] <= self.blur_sigma[1]
-        require(low_high, "blur_sigma", self.blur_sigma, "be two numbers, low,high, from 0 up")
+        low_high = len(self.blur_sigma) == 2 and 0 <= self.blur_sigma[0] <= self.blur_sigma[1] <= 5
+        require(low_high, "blur_sigma", self.blur_sigma, "be two numbers, low,high, from 0 to 5")
         require(self.crop_size >= 0, "crop_size", self.crop_size, "be 0 or a size in pixels")
         for name in ("noise_offset", "input_perturbation"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "not be negative")
@@ -187,7 +187,7 @@ class GeneratorTask:
         if blur:
             low, high = self._cfg.blur_sigma
             sigma = draws.blur_sigma(seed, self._cfg.blur_prob, (low, high))
-            low_res = gaussian_blur(low_res, sigma)
+            low_res = gaussian_blur(low_res, sigma, radius=max(1, math.ceil(high)))
         level = draws.aug_level(seed, self._cfg.aug_level_max).to(x_0)  # [B]
         eps = draws.aug_noise(seed, tuple(low_res.shape[1:])).to(x_0)
         return augment(low_res, level, eps), level
@@ -338,7 +338,8 @@ def random_crop(x_0: Tensor, low_res: Tensor, seed: Tensor, size: int) -> tuple[
     small = size // factor
     rows, columns = draws.crop_corner(seed, low_res.shape[2] - small + 1)
     low, high = [], []
-    for number, (row, column) in enumerate(zip(rows.tolist(), columns.tolist(), strict=True)):
+    corners = torch.stack([rows, columns], dim=1).tolist()  # the device is waited for once
+    for number, (row, column) in enumerate(corners):
         low.append(low_res[number, :, row : row + small, column : column + small])
         top, left = row * factor, column * factor
         high.append(x_0[number, :, top : top + size, left : left + size])

@@ -250,6 +250,7 @@ def test_the_error_of_the_image_is_the_same_for_every_prediction() -> None:
         ("loss_weighting", {"loss_weighting": "snr"}),
         ("loss_weighting", {"loss_weighting": "min-snr", "use_kl": True}),
         ("min_snr_gamma", {"min_snr_gamma": 0.0}),
+        ("sigmoid_bias", {"sigmoid_bias": float("nan")}),
     ],
 )
 def test_a_wrong_knob_is_named(field: str, values: dict[str, Any]) -> None:

@@ -219,7 +219,10 @@ def test_predict_xstart_is_a_spelling_of_x0() -> None:
             },
         ),
         ("schedule_shift", {"schedule_shift": 0.0}),
+        ("schedule_shift", {"schedule_shift": 1e-9}),
+        ("schedule_shift", {"schedule_shift": math.inf}),
         ("sigma_data", {"sigma_data": 0.0}),
+        ("sigma_data", {"sigma_data": math.inf}),
         ("prediction", {"prediction": "flow", "predict_xstart": True}),
         ("prediction", {"zero_terminal_snr": True}),
         ("prediction", {"noise_schedule": "flow", "prediction": "eps"}),
@@ -228,6 +231,13 @@ def test_predict_xstart_is_a_spelling_of_x0() -> None:
 def test_a_wrong_knob_is_named(field: str, values: dict) -> None:
     with pytest.raises(UsageError, match=f"--{field} is "):
         ProcessConfig(**values)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("shift", [1e-3, 1e3])
+def test_the_largest_shifts_make_a_schedule(schedule: str, shift: float) -> None:
+    betas = Schedule.make(schedule, 1000, shift=shift).betas
+    assert bool(((betas > 0) & (betas < 1)).all())
 
 
 @pytest.mark.parametrize("prediction", ["x0", "v", "edm", "flow"])

@@ -201,6 +201,13 @@ def test_a_density_beyond_the_schedule_is_refused(mean: float) -> None:
         make_timestep_sampler(cfg, DIFFUSION)
 
 
+@pytest.mark.parametrize("name", ["logsnr-normal", "logit-normal"])
+def test_a_process_of_noise_alone_has_no_density(name: str) -> None:
+    process = GaussianDiffusion(Schedule.make("flow", 1), prediction="flow")
+    with pytest.raises(UsageError, match=f"--schedule_sampler {name} finds noise alone"):
+        make_timestep_sampler(TimestepConfig(schedule_sampler=name), process)
+
+
 def test_the_other_density_names_its_own_knob() -> None:
     cfg = TimestepConfig(schedule_sampler="logit-normal", logit_mean=90.0)
     with pytest.raises(UsageError, match=r"--logit_mean is 90.0.* \(-5.0 to 9.9\).*--logit_std 1"):

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -95,6 +96,9 @@ def test_the_picture_is_drawn_or_matplotlib_is_asked_for(
     picture = Image.open(out).convert("L")
     assert picture.size == (960, 540)
     assert len(picture.getcolors() or []) > 2
+    for wrong in (tmp_path / "curves.xyz", out / "curves.png"):
+        with pytest.raises(UsageError, match=f"--out {wrong} cannot be written"):
+            draw_curves(dataclasses.replace(cfg, out=str(wrong)))
 
 
 def test_flags_that_draw_nothing_are_refused() -> None:

@@ -12,12 +12,19 @@ from PIL import Image
 
 from diff_dalle import Cascade
 from diff_dalle.data.captions import captions, one_object_captions
+from diff_dalle.data.loader import DataConfig
 from diff_dalle.data.scenes import sample_scene
 from diff_dalle.data.writer import Sample, write_shards
 from diff_dalle.errors import UsageError
+from diff_dalle.evaluation import upsampler_run
 from diff_dalle.evaluation.drawing import Drawer, DrawingConfig
 from diff_dalle.evaluation.report import write_report
-from diff_dalle.evaluation.shapes_run import ShapesConfig, evaluate_shapes, report_pictures
+from diff_dalle.evaluation.shapes_run import (
+    ShapesConfig,
+    evaluate_shapes,
+    read_outputs,
+    report_pictures,
+)
 from diff_dalle.evaluation.upsampler_run import (
     UpsamplerConfig,
     evaluate_upsampler,
@@ -311,7 +318,7 @@ def test_an_upsampler_is_given_what_training_shrinks(
     cfg = UpsamplerConfig(
         model_path=paths(models, "up64.pt"), data_dir=[str(shards)], log_dir=str(tmp_path), **FAST
     )
-    true, _ = read_held_out(cfg.data_dir, cfg.num_samples, 64, with_text=True)
+    true, _ = read_held_out(of_shards(shards), cfg.num_samples, 64, with_text=True)
     given = []
 
     def draw(drawer: Drawer, captions: list[str], *, low_res: np.ndarray, **_: Any) -> list[Any]:
@@ -337,16 +344,58 @@ def test_a_base_model_or_a_cascade_is_no_upsampler(models: Path, shards: Path) -
             evaluate_upsampler(cfg)
 
 
+def of_shards(folder: Path) -> DataConfig:
+    return DataConfig(data_dir=[str(folder)], num_workers=0)
+
+
+def test_captions_are_read_as_in_training_or_as_asked(
+    models: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[DataConfig] = []
+
+    def read(cfg: DataConfig, *_: Any, **__: Any) -> Any:
+        asked.append(cfg)
+        raise StopIteration
+
+    monkeypatch.setattr(upsampler_run, "read_held_out", read)
+    alt = TINY["write_generator"](
+        tmp_path / "alt.pt", image_size=64, small_size=32, caption_key="alt"
+    )
+    for path, key in ((models / "up64.pt", None), (alt, None), (alt, "other")):
+        cfg = UpsamplerConfig(
+            model_path=[str(path)], data_dir=[str(shards)], caption_key=key, **FAST
+        )
+        with pytest.raises(StopIteration):
+            evaluate_upsampler(cfg)
+    assert [cfg.caption_key for cfg in asked] == ["caption", "alt", "other"]
+
+
+def test_features_need_pictures_of_their_size(models: Path, shards: Path) -> None:
+    """Told before anything is drawn."""
+    cfg = UpsamplerConfig(model_path=paths(models, "up32.pt"), data_dir=[str(shards)], **FAST)
+    with pytest.raises(UsageError, match="--features.* 48 px or more: this one makes 32 px"):
+        evaluate_upsampler(cfg)
+
+
+@pytest.mark.parametrize("size", [(64, 128), (16, 16)])
+def test_pictures_that_nothing_can_judge_are_refused(size: tuple[int, int], tmp_path: Path) -> None:
+    file, text = tmp_path / "samples.npz", tmp_path / "captions.txt"
+    np.savez(file, np.zeros((1, *size, 3), np.uint8))
+    text.write_text("a red star on a teal background\n")
+    with pytest.raises(UsageError, match=f"{size[1]} x {size[0]} px: only squares of 32 px"):
+        read_outputs([str(file)], str(text))
+
+
 def test_held_out_pictures_are_spread_over_the_dataset(shards: Path) -> None:
-    pictures, texts = read_held_out([str(shards)], 4, 64, with_text=True)
+    pictures, texts = read_held_out(of_shards(shards), 4, 64, with_text=True)
     scenes = [sample_scene(0, index, "val") for index in (0, 3, 6, 9)]
     np.testing.assert_array_equal(pictures, [scene.draw(64) for scene in scenes])
     assert texts == [captions(scene)[0] for scene in scenes]
-    assert read_held_out([str(shards)], 4, 64, with_text=False)[1] == [""] * 4
+    assert read_held_out(of_shards(shards), 4, 64, with_text=False)[1] == [""] * 4
 
 
 def test_too_few_pictures_are_refused(tmp_path: Path) -> None:
     one = Sample(key="a", captions=["x"], truth={}, picture=sample_scene(0, 0, "val"))
     write_shards(tmp_path, lambda _: one, 1, image_size=64)
     with pytest.raises(UsageError, match="1 usable pictures"):
-        read_held_out([str(tmp_path)], 256, 64, with_text=True)
+        read_held_out(of_shards(tmp_path), 256, 64, with_text=True)

@@ -23,7 +23,7 @@ from diff_dalle.diffusion.losses import LossConfig, training_losses
 from diff_dalle.diffusion.timesteps import TimestepConfig
 from diff_dalle.errors import UsageError
 from diff_dalle.models.generator import Cond, Generator, GeneratorConfig
-from diff_dalle.models.low_res import downsample
+from diff_dalle.models.low_res import downsample, gaussian_blur
 from diff_dalle.models.text import TextEncoderConfig
 from diff_dalle.models.unet_config import UNetConfig
 from diff_dalle.training import draws
@@ -140,6 +140,17 @@ def test_about_half_of_the_inputs_are_blurred() -> None:
     assert 16 < int(changed.sum()) < 48
 
 
+def test_a_wide_blur_is_as_wide_as_it_says() -> None:
+    batch = batch_of(range(2))
+    cfg = GeneratorTaskConfig(
+        aug_level_max=0.0, gaussian_blur=True, blur_prob=1.0, blur_sigma=(2.0, 2.0)
+    )
+    cond = spied(cfg, batch, small_size=8)
+    clean = downsample(batch.image.float() / 127.5 - 1, 8)
+    expected = gaussian_blur(clean, torch.full((2,), 2.0), radius=2)
+    assert cond.low_res is not None and torch.equal(cond.low_res, expected)
+
+
 def test_an_evaluation_neither_blurs_nor_drops() -> None:
     batch = batch_of(range(64))
     cfg = GeneratorTaskConfig(aug_level_max=0.0, gaussian_blur=True, cond_drop_prob=0.5)
@@ -212,6 +223,7 @@ def test_a_crop_fits_the_scale_and_the_network_at_once() -> None:
     [
         {"cond_drop_prob": 1.5},
         {"blur_sigma": (0.6, 0.4)},
+        {"blur_sigma": (0.6, 50.0)},
         {"aug_level_max": -0.1},
         {"noise_offset": -0.1},
         {"input_perturbation": -0.1},
