@@ -11,7 +11,7 @@ from typing import Unpack
 
 import torch
 
-from diff_dalle.cascade.cut import describe_cut
+from diff_dalle.cascade.cut import cut_of
 from diff_dalle.cascade.devices import Devices, choose_precisions, device_notes, find_devices
 from diff_dalle.cascade.drawing import Drawing, OnStep
 from diff_dalle.cascade.edits import NO_EDITS, Edit, Edits
@@ -241,7 +241,8 @@ class Cascade:
             assert plan.small is not None  # a plan with small pictures has their size
             low_res = shrunk_to(low_res, plan.small, self.devices[0])
             start = torch.from_numpy(low_res).permute(0, 3, 1, 2)  # [B,3,h,w]
-        with self._residence:
+        # A CLIP's gradient needs autograd, also where the caller has switched it off for good.
+        with torch.inference_mode(False), self._residence:
             pictures, candidates = drawing.draw(start)
         return CascadeResult(
             stages=[to_pictures(picture) for picture in pictures],
@@ -279,8 +280,6 @@ class Cascade:
         given = edit.read(choose_sizes(self.stages, cfg.size))
         request = request_texts(prompts, cfg, low_res, given)
         plan = self.plan(cfg, request.low_res, request.contrast_texts, request.edits)
-        read = [*request.prompts, *request.edits.ends]
-        cut = describe_cut(self.stages, read, request.negative_prompts, request.contrast)
-        for line in [*cut, *plan.notes(), *request.notes]:
+        for line in [*cut_of(self.stages, request), *plan.notes(), *request.notes]:
             warnings.warn(line, stacklevel=3)
         return request, plan

@@ -77,11 +77,11 @@ class Bank:
     @torch.no_grad()
     def encode(cls, guide: Guide, texts: Sequence[str]) -> Bank:
         """Encode ``texts``; of those that the CLIP reads alike only one is kept."""
-        clip, device = guide.loaded.clip, next(guide.loaded.clip.parameters()).device
-        tokens, mask = guide.loaded.tokenizer.encode(texts, guide.text_length)  # [K,L] each
+        clip, device = guide.loaded.clip, guide.device
+        tokens, mask = guide.read(texts)  # [K,L] each
         firsts = {tuple(row): number for number, row in reversed(list(enumerate(tokens.tolist())))}
         kept = sorted(firsts.values())
-        tokens, mask = tokens[kept].to(device), mask[kept].to(device)
+        tokens, mask = tokens[kept], mask[kept]
         chunks = zip(tokens.split(_AT_ONCE), mask.split(_AT_ONCE), strict=True)
         with torch.autocast(device.type, enabled=False):
             return cls(tokens, torch.cat([clip.encode_text(*chunk) for chunk in chunks]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from diff_dalle.cascade.inputs import Request
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.sampling_io import prompts as texts
@@ -11,6 +12,13 @@ from diff_dalle.sampling_io.prompts import Prompt
 
 TextReader = tuple[Tokenizer, int]
 """A tokenizer, and the number of tokens that are read of a text."""
+
+
+def cut_of(stages: Sequence[Stage], request: Request) -> list[str]:
+    """`describe_cut` of all texts of a request, each once."""
+    read = dict.fromkeys([*request.prompts, *request.edits.ends])
+    negative = dict.fromkeys(request.negative_prompts)
+    return describe_cut(stages, list(read), list(negative), request.contrast)
 
 
 def describe_cut(

@@ -10,7 +10,7 @@ B batch, L tokens, E embedding, H W pixels, h w pixels of the stage before.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -77,28 +77,42 @@ class Drawing:
         for number in range(first, len(self.turns.stages)):
             with self.turns.of(number):
                 low_res = self._stage(number, low_res, candidate=0)
+            self._tell_result(number, low_res)
             pictures.append(low_res)
         return pictures, kept
 
     def _best_of(self, numbers: range, low_res: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """Pictures of the first stages that the CLIP of the last of them likes best.
 
-        A stage draws all candidates in one turn, so that off-loading moves it once.
+        A stage draws all candidates in one turn, so that off-loading moves it once. What is told
+        last of it are the pictures that were chosen, in place of the last candidate's.
         """
         small = [low_res] * self.plan.rerank
         drawn: list[Tensor] = []  # [R,B,3,H,W] a stage, R candidates
         for number in numbers:
+            made: list[Tensor] = []
             with self.turns.of(number):
-                made = [self._stage(number, one, candidate=n) for n, one in enumerate(small)]
+                for candidate, one in enumerate(small):
+                    made.append(self._stage(number, one, candidate))
+                    if candidate < self.plan.rerank - 1:
+                        self._tell_result(number, made[-1])
             small = [*made]
             drawn.append(torch.stack(made))
         with self.turns.of(numbers[-1]):
             likings = [self._similarity(numbers[-1], pictures) for pictures in drawn[-1]]
             kept = torch.stack(likings).argmax(dim=0).cpu()  # [B]; the first of equals
-        return [stage[kept, torch.arange(len(kept))] for stage in drawn], kept
+        best = [stage[kept, torch.arange(len(kept))] for stage in drawn]
+        for number, picture in zip(numbers, best, strict=True):
+            self._tell_result(number, picture)
+        return best, kept
+
+    def _tell_result(self, number: int, picture: Tensor) -> None:
+        """The finished pictures of a stage, uint8 [B,3,H,W], as its last step."""
+        if self.on_step is not None:
+            self.on_step(number, self.plan.stages[number].steps, from_uint8(picture))
 
     def _stage(self, number: int, small: Tensor | None, candidate: int) -> Tensor:
-        """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out."""
+        """One stage: uint8 [B,3,h,w] or nothing in, uint8 [B,3,H,W] out, which is not told."""
         stage, plan = self.turns.stages[number], self.plan.stages[number]
         device, edits = stage.device, self.plan.edits
         # The stage's trained size names its noise, whatever size is drawn.
@@ -108,7 +122,6 @@ class Drawing:
         def callback(_: int, x_0: Tensor) -> None:
             nonlocal done
             done += 1
-            # The last step's estimate is not told: the finished picture is, below.
             if self.on_step is not None and done < plan.steps:
                 self.on_step(number, done, x_0)
 
@@ -126,31 +139,23 @@ class Drawing:
                 callback=callback,
                 edit=edits.of_stage(stage, plan.size, self.indices, candidate),
             )
-        if self.on_step is not None:
-            self.on_step(number, plan.steps, from_uint8(picture))
         return picture
 
     def _condition(self, stage: Stage, small: Tensor | None) -> Cond:
         """Tokens of the stage's own tokenizer, and the picture of the stage before."""
-        tokens = mask = low_res = None
-        if stage.tokenizer is not None:
-            tokens, mask = stage.tokenizer.encode(self.prompts, stage.text_length)  # [B,L] each
-            tokens, mask = tokens.to(stage.device), mask.to(stage.device)
-        if small is not None:
-            low_res = from_uint8(small.to(stage.device))  # a byte a value crosses, not four
-        return Cond(tokens=tokens, mask=mask, low_res=low_res)
+        told = stage.read(self.prompts)
+        if small is None:
+            return told
+        # A byte a value crosses to the device, not four.
+        return replace(told, low_res=from_uint8(small.to(stage.device)))
 
     def _negative(self, stage: Stage) -> Cond | None:
         """What takes the null caption's place; it stays where the negative prompt is blank."""
-        if stage.tokenizer is None or not any(self.negative_prompts):
+        if not stage.reads_text or not any(self.negative_prompts):
             return None
-        tokens, mask = stage.tokenizer.encode(self.negative_prompts, stage.text_length)
         blank = [not text.strip() for text in self.negative_prompts]
-        return Cond(
-            tokens=tokens.to(stage.device),
-            mask=mask.to(stage.device),
-            drop=torch.tensor(blank, device=stage.device),
-        )
+        drop = torch.tensor(blank, device=stage.device)
+        return replace(stage.read(self.negative_prompts), drop=drop)
 
     def _guide(self, stage: Stage, plan: StagePlan) -> guidance.Guide | None:
         """The gradient of classifier_scale * log p(text | x_t) by x_t, as the CLIP sees it.
@@ -179,11 +184,8 @@ class Drawing:
         bank = self.plan.contrast.bank(guide)
         if bank is None:
             return similarity(features, logit_scale)
-        own = [
-            guide.loaded.tokenizer.encode(captions, guide.text_length)[0]  # [B,L]
-            for captions in self.plan.edits.around(self.prompts, self.indices)
-        ]
-        others = [bank.others(tokens.to(bank.tokens.device)) for tokens in own]
+        own = self.plan.edits.around(self.prompts, self.indices)
+        others = [bank.others(guide.read(captions)[0]) for captions in own]
         used = torch.stack(others).all(dim=0)  # [B,K]
         return log_softmax_in_set(features, logit_scale, bank.features, used)
 
@@ -201,12 +203,10 @@ class Drawing:
     @torch.no_grad()
     def _text_features(self, guide: Guide) -> Tensor:
         """[B,E], of the CLIP's own tokenizer."""
-        device = next(guide.loaded.clip.parameters()).device
 
         def encode(texts: Sequence[str]) -> Tensor:
-            tokens, mask = guide.loaded.tokenizer.encode(texts, guide.text_length)
-            with torch.autocast(device.type, enabled=False):
-                return guide.loaded.clip.encode_text(tokens.to(device), mask.to(device))
+            with torch.autocast(guide.device.type, enabled=False):
+                return guide.loaded.clip.encode_text(*guide.read(texts))
 
         return self.plan.edits.features(encode, self.prompts, self.indices)
 

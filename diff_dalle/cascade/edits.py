@@ -17,7 +17,6 @@ from diff_dalle.cascade.init_images import Given, ImageLike, read_given
 from diff_dalle.cascade.stages import Stage
 from diff_dalle.errors import UsageError
 from diff_dalle.keyed_noise import key_of
-from diff_dalle.models.generator import Cond
 from diff_dalle.sampling_io.config import PerStage, SampleConfig, as_texts, numbers, per_stage
 from diff_dalle.sampling_io.prompts import Count, Prompt, read_entries
 from diff_dalle.sampling_io.sizes import Size, spell
@@ -150,13 +149,12 @@ class Edits:
     def _between(self, stage: Stage, indices: Sequence[int], candidate: int) -> Between | None:
         if self.frames == 1:
             return None
-        keys, cond, device = None, None, stage.device
+        keys = None
         if self.seed is not None:
-            keys = self.keys(Seeds(self.seed), indices, candidate, stage.image_size).to(device)
+            keys = self.keys(Seeds(self.seed), indices, candidate, stage.image_size)
+            keys = keys.to(stage.device)
         texts = self.end_texts(indices)
-        if texts and stage.tokenizer is not None:
-            tokens, mask = stage.tokenizer.encode(texts, stage.text_length)
-            cond = Cond(tokens=tokens.to(device), mask=mask.to(device))
+        cond = stage.read(texts) if texts and stage.reads_text else None
         return Between(share=self.share(indices), keys=keys, cond=cond)
 
     def features(
@@ -275,6 +273,11 @@ def choose_editing(
     if cfg.variation is not None:
         _check_variation(stages[0], cfg, strengths[0])
     _check_given(sizes, cfg, strengths, edits)
+    if edits.ends and not any(stage.reads_text or stage.guide for stage in stages):
+        raise UsageError(
+            "--interpolate_to is read by no model here: none was trained with captions, leave it "
+            "out"
+        )
     if edits.frames > 1 and cfg.rerank > 1:
         raise UsageError(
             f"--rerank is {cfg.rerank}: frames would come from different candidates, give 1"

@@ -98,6 +98,13 @@ def choose_classifier_guidance(
     """
     name = "classifier_scale"
     scales = per_stage(numbers(cfg.classifier_scale, name), len(stages), name)
+    one_for_all = len(cfg.classifier_scale) == 1 and any(stage.guide for stage in stages)
+    for scale, stage in zip(scales, stages, strict=True):
+        if scale not in (0, 1) and not stage.guide and not one_for_all:
+            raise UsageError(
+                f"--classifier_scale is {scale:g}, but there is no CLIP for the stage of "
+                f"{stage.image_size} px: name one with --classifier_path, or give 1"
+            )
     scales = [scale if s.guide else 0.0 for scale, s in zip(scales, stages, strict=True)]
     guided = [scale != 0 for scale in scales]
     off = "no CLIP guides it (--classifier_path, --classifier_scale)"

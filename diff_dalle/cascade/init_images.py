@@ -24,7 +24,7 @@ from torch import Tensor
 
 from diff_dalle.cascade.shard_inputs import open_shards
 from diff_dalle.data.batch import BadSample
-from diff_dalle.data.images import IMAGE_EXTENSIONS, decode, resized_and_corner
+from diff_dalle.data.images import IMAGE_EXTENSIONS, decode, orientation, resized_and_corner
 from diff_dalle.data.pillow_faults import reason_of, without_16_bit
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.sizes import Size, spell
@@ -34,7 +34,6 @@ from diff_dalle.training.stage import from_uint8, shrink
 ImageLike = str | os.PathLike[str] | Image.Image | NDArray[Any]
 """A path, a PIL image, or pixels uint8 [H,W,3] (a mask: uint8 or bool [H,W])."""
 
-_ORIENTATION = 0x0112  # of EXIF
 _NAME = {
     "init_images": "name a picture, a folder, shards or an npz",
     "masks": "name a picture, or one for each of --init_images",
@@ -226,6 +225,8 @@ def _of_npz(path: str) -> _Source:
         pictures = map_pictures(path)
     except (OSError, ValueError) as problem:
         raise UsageError(f"--init_images {path} is no npz of pictures ({problem})") from problem
+    if not len(pictures):
+        raise UsageError(f"--init_images {path} holds no picture: {_NAME['init_images']}")
     return _Source(
         len(pictures),
         (
@@ -262,7 +263,7 @@ def _upright(data: bytes, name: str) -> tuple[bytes, Size]:
     """A file without an EXIF orientation, and its height and width."""
     try:
         with Image.open(io.BytesIO(data)) as picture:
-            if picture.getexif().get(_ORIENTATION, 1) == 1:
+            if orientation(picture) == 1:
                 return data, (picture.height, picture.width)
             turned = ImageOps.exif_transpose(picture)
             return _png(turned), (turned.height, turned.width)
@@ -289,7 +290,9 @@ def _read_mask(mask: ImageLike, number: int) -> tuple[str, NDArray[np.uint8]]:
             image.load()
         except Exception as problem:
             raise _unusable("masks", name, reason_of(problem)) from problem
-    image = without_16_bit(ImageOps.exif_transpose(image))
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    image = without_16_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")

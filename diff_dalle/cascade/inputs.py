@@ -283,6 +283,8 @@ def _read_low_res(cfg: SampleConfig, reader: Reader) -> _Small:
                 f"--low_res {cfg.low_res} is no npz of pictures ({problem}): give what sample.py "
                 "wrote, or shards"
             ) from problem
+        if not len(pictures):
+            raise UsageError(f"--low_res {cfg.low_res} holds no picture: give one or more")
         captions = _captions_beside(Path(cfg.low_res), len(pictures))
         return _Small(pictures=pictures, captions=captions, count=Count.of(len(pictures)))
     return _shard_pictures(cfg.low_res, reader, cfg.num_samples)

@@ -177,7 +177,7 @@ def make_plan(
     Raises:
         UsageError: a setting that these stages cannot follow.
     """
-    _check_start(stages[0], low_res)
+    check_start(stages[0], low_res)
     count, steps = len(stages), choose_steps_of(stages, cfg)
     free = choose_free_guidance(stages, cfg)
     classifiers = choose_classifier_guidance(stages, cfg)
@@ -186,8 +186,7 @@ def make_plan(
     editing = choose_editing(stages, cfg, sizes, edits)
     check_guides(stages, sizes, [part.classifier_scale for part in classifiers])
     levels = per_stage(numbers(cfg.aug_level, "aug_level"), count, "aug_level")
-    scales = per_stage(numbers(cfg.classifier_scale, "classifier_scale"), count, "classifier_scale")
-    _check_unread(stages, scales, levels, steps, cfg)
+    _check_unread(stages, levels, steps, cfg)
     plans = []
     for number, stage in enumerate(stages):
         settings = StageSettings(
@@ -216,20 +215,9 @@ def make_plan(
 
 
 def _check_unread(
-    stages: Sequence[Stage],
-    scales: Sequence[float],
-    levels: Sequence[float],
-    steps: Sequence[Steps],
-    cfg: SampleConfig,
+    stages: Sequence[Stage], levels: Sequence[float], steps: Sequence[Steps], cfg: SampleConfig
 ) -> None:
     """Refuse settings that nothing would read: a value for all stages needs one that reads it."""
-    one_for_all = len(cfg.classifier_scale) == 1 and any(stage.guide for stage in stages)
-    for scale, stage in zip(scales, stages, strict=True):
-        if scale not in (0, 1) and not stage.guide and not one_for_all:
-            raise UsageError(
-                f"--classifier_scale is {scale:g}, but there is no CLIP for the stage of "
-                f"{stage.image_size} px: name one with --classifier_path, or give 1"
-            )
     one_for_all = len(cfg.aug_level) == 1 and any(stage.small_size for stage in stages)
     for level, stage in zip(levels, stages, strict=True):
         if level and not stage.small_size and not one_for_all:
@@ -243,7 +231,8 @@ def _check_unread(
         )
 
 
-def _check_start(first: Stage, low_res: bool) -> None:
+def check_start(first: Stage, low_res: bool) -> None:
+    """Raise a `UsageError` unless small pictures are given to an upsampler, and to nothing else."""
     if first.small_size and not low_res:
         raise UsageError(
             f"--model_path: {first.path} is an upsampler of {first.small_size} px pictures: put a "

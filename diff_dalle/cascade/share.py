@@ -16,11 +16,11 @@ from tqdm import tqdm
 import diff_dalle
 from diff_dalle.cascade.cascade import Cascade
 from diff_dalle.cascade.consistency import measure_stages
-from diff_dalle.cascade.cut import describe_cut
+from diff_dalle.cascade.cut import cut_of
 from diff_dalle.cascade.devices import devices_of_rank
 from diff_dalle.cascade.init_images import read_given
 from diff_dalle.cascade.inputs import Reader, Request, read_request, shrunk_to
-from diff_dalle.cascade.plan import Plan
+from diff_dalle.cascade.plan import Plan, check_start
 from diff_dalle.cascade.sizing import choose_sizes, small_size
 from diff_dalle.cascade.timing import Timing
 from diff_dalle.sampling_io.config import SampleConfig, in_short
@@ -67,15 +67,13 @@ def request_of(cascade: Cascade, cfg: SampleConfig) -> Request:
     Raises:
         UsageError: as `read_request`.
     """
+    check_start(cascade.stages[0], cfg.low_res is not None)  # before any picture is decoded
     sizes = choose_sizes(cascade.stages, cfg.size)
     small = small_size(cascade.stages, sizes)
     reader = Reader(reads_text=cascade.reads_text, small=small, size=sizes[0])
     given = read_given(cfg.init_images, cfg.masks, sizes, cfg.num_samples)
     request = read_request(cfg, reader, given)
-    different = list(dict.fromkeys([*request.prompts, *request.edits.ends]))
-    negative = list(dict.fromkeys(request.negative_prompts))
-    cut = describe_cut(cascade.stages, different, negative, request.contrast)
-    request.notes.extend(cut)
+    request.notes.extend(cut_of(cascade.stages, request))
     return request
 
 
@@ -168,7 +166,7 @@ def manifest_of(
         "batch_size": cfg.batch_size,
         "offload": cfg.offload,
         "timing": timing.to_json(),
-        "notes": [*cascade.notes, *request.notes],
+        "notes": [*cascade.notes, *plan.notes(), *request.notes],
         "images": images,
     }
 

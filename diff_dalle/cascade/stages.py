@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from diff_dalle.data.tokenizer import Tokenizer
 from diff_dalle.errors import UsageError
 from diff_dalle.loading import LoadedClassifier, LoadedGenerator, load_classifier, load_generator
+from diff_dalle.models.generator import Cond
 from diff_dalle.sampling_io.config import per_stage, split_paths
 from diff_dalle.sampling_io.find import expand_paths
 from diff_dalle.training.checkpoint_file import read_header, read_kind
@@ -39,6 +40,16 @@ class Guide:
     def text_length(self) -> int:
         """Tokens of a caption that it reads."""
         return self.loaded.run.clip.text_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are at the moment."""
+        return next(self.loaded.clip.parameters()).device
+
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Captions as it reads them: tokens int64 [B,L] and their mask, on its device."""
+        tokens, mask = self.loaded.tokenizer.encode(texts, self.text_length)
+        return tokens.to(self.device), mask.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -86,6 +97,13 @@ class Stage:
     def tokenizer(self) -> Tokenizer | None:
         """What turns captions into its tokens; None where it reads none."""
         return self.loaded.tokenizer if self.reads_text else None
+
+    def read(self, texts: Sequence[str]) -> Cond:
+        """Captions as its generator reads them, on its device; nothing where it reads none."""
+        if self.tokenizer is None:
+            return Cond()
+        tokens, mask = self.tokenizer.encode(texts, self.text_length)  # [B,L] each
+        return Cond(tokens=tokens.to(self.device), mask=mask.to(self.device))
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -141,7 +159,8 @@ def load_stages(
     files = expand_paths(paths, "generator", read_kind, "model_path")
     if not files:
         raise UsageError("--model_path is missing: name checkpoints or a folder that holds them")
-    if any(Path(path).is_dir() for path in paths):  # a folder names its files in no order
+    named = split_paths(paths, lambda path: Path(path).exists())
+    if any(Path(path).is_dir() for path in named):  # a folder names its files in no order
         files.sort(key=lambda path: read_header(path).config["image_size"])
     places = per_stage(devices, len(files), "device")
     stages = [

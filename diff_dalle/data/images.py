@@ -133,7 +133,7 @@ def _lies(data: bytes) -> bool:
         # All but JPEG may be loaded for their metadata.
         if picture.format != "JPEG" and picture.width * picture.height > MAX_PIXELS:
             raise BadSample("bomb")
-        return _orientation(picture) in _QUARTER_TURNS
+        return orientation(picture) in _QUARTER_TURNS
 
 
 def _part(data: bytes, size: tuple[int, int], crop: Crop | None) -> Image.Image:
@@ -152,7 +152,7 @@ def _part(data: bytes, size: tuple[int, int], crop: Crop | None) -> Image.Image:
         raise BadSample("bomb")
     # Before the metadata: what reads those of a PNG loads it too, and swallows its faults.
     picture.load()
-    turn = _UPRIGHT.get(_orientation(picture))
+    turn = _UPRIGHT.get(orientation(picture))
     picture = _as_rgb(picture)
     across, down = extent[0] / wide, extent[1] / high  # decoded pixels per resized pixel
     box = (
@@ -176,7 +176,8 @@ def _as_rgb(picture: Image.Image) -> Image.Image:
     return white
 
 
-def _orientation(picture: Image.Image) -> int:
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 (upright) to 8; 1 where nothing readable says otherwise."""
     try:
         return int(picture.getexif().get(_EXIF_ORIENTATION, 1))
     except Exception:  # unreadable metadata must not cost a readable image

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -203,7 +203,8 @@ def as_texts(value: PerStage) -> list[str]:
     >>> as_texts(3.0), as_texts(["20", 12])
     (['3.0'], ['20', '12'])
     """
-    values = [value] if isinstance(value, str | float | int) else value
+    # numpy's numbers are neither int nor float.
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     return [str(entry) for entry in values]
 
 

@@ -17,7 +17,7 @@ class _Stopped(BaseException):
 def iterate(work: Callable[[Callable[[Item], None]], object]) -> Iterator[Item]:
     """Yields what ``work`` hands to its argument, in order, while it runs in a thread.
 
-    The work waits for the reader: it is never more than one item ahead. An exception inside it
+    The work waits for the reader: it is never more than two items ahead. An exception inside it
     reaches the reader. When the reader stops early, the work ends at its next item.
     """
     items: queue.Queue[Item | BaseException | None] = queue.Queue(maxsize=1)

@@ -11,6 +11,7 @@ import io
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,7 +137,8 @@ def _entry(path: str | Path) -> Iterator[tuple[zipfile.ZipInfo, IO[bytes]]]:
     try:
         with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as entry:
             yield archive.getinfo("arr_0.npy"), entry
-    except (zipfile.BadZipFile, KeyError) as problem:
+    # What else a zip may raise of damaged, encrypted and unknown entries.
+    except (zipfile.BadZipFile, KeyError, zlib.error, EOFError, RuntimeError) as problem:
         raise ValueError(str(problem).strip("\"'")) from problem
 
 

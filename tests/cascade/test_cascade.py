@@ -174,6 +174,27 @@ def test_the_stream_shows_every_step_and_ends_with_the_pictures(guided: Cascade)
     np.testing.assert_array_equal(np.asarray(previews[-1].images[1]), result.images[1])
 
 
+def test_the_stream_ends_with_the_chosen_candidates(guided: Cascade) -> None:
+    options: dict[str, Any] = {"seed": 7, "steps": 3, "rerank": 3}
+    result = guided.sample(PROMPTS, **options)
+    assert set(result.candidates) != {2}  # others than the last one are chosen, too
+    previews = list(guided.stream(PROMPTS, **options))
+    assert len(previews) == 3 * 3 + 3 + 3  # a stage with candidates, and two without
+    last = {preview.stage: preview for preview in previews if preview.step == preview.steps}
+    for number, pictures in enumerate(result.stages):
+        shown = np.stack([np.asarray(image) for image in last[number].images])
+        assert largest_difference(shown, pictures) <= 1
+
+
+def test_a_clip_guides_where_the_caller_has_switched_gradients_off(guided_base: Cascade) -> None:
+    options: dict[str, Any] = {"steps": 2, "classifier_scale": 20.0}
+    expected = guided_base.sample(PROMPTS[:2], **options).stages[0]
+    for switch in (torch.inference_mode, torch.no_grad):
+        with switch():
+            drawn = guided_base.sample(PROMPTS[:2], **options).stages[0]
+        np.testing.assert_array_equal(drawn, expected)
+
+
 def test_a_stream_that_nobody_reads_stops(cascade: Cascade) -> None:
     threads = threading.active_count()
     stream: Iterator[Any] = cascade.stream(PROMPTS[:1], steps=20)

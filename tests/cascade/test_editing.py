@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from diff_dalle.cascade import Edit
 from diff_dalle.errors import UsageError
 from diff_dalle.sampling_io.config import SampleConfig
 
+TINY = runpy.run_path(str(Path(__file__).parents[1] / "programs" / "tiny_cascade.py"))
 PROMPTS = ["a red circle", "파란 별 위의 빨간 원"]
 FEW: dict[str, Any] = {"steps": 2, "seed": 3}
 PICTURE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
@@ -246,7 +248,7 @@ def test_edits_that_do_not_fit_are_refused(
     assert "\n" not in str(error.value)
 
 
-def test_what_contradicts_an_edit_is_refused(guided: Cascade, folder: Path) -> None:
+def test_what_contradicts_an_edit_is_refused(guided: Cascade, folder: Path, tmp_path: Path) -> None:
     varied = Edit(init_images=PICTURE, variation=0.5)
     with pytest.raises(UsageError, match="--sampler is 'heun': it must be ddim or left out"):
         guided.sample(PROMPTS, edit=varied, sampler="heun")
@@ -254,6 +256,9 @@ def test_what_contradicts_an_edit_is_refused(guided: Cascade, folder: Path) -> N
         guided.sample(PROMPTS, edit=varied, sampler="ddim", ddim_eta=0.5)
     with pytest.raises(UsageError, match="--rerank is 2: frames"):
         guided.sample(PROMPTS, edit=Edit(interpolate_seed=1, frames=2), rerank=2)
+    wordless = TINY["write_generator"](tmp_path / "a.pt", image_size=16, cond_text=False)
+    with pytest.raises(UsageError, match="--interpolate_to is read by no model here"):
+        Cascade.load(wordless).sample(PROMPTS, edit=Edit(interpolate_to="x", frames=2), **FEW)
     upsampler = Cascade.load(str(folder / "up32.pt"))
     with pytest.raises(UsageError, match="--variation inverts a base model, but .*up32.pt"):
         small = np.zeros((2, 16, 16, 3), np.uint8)

@@ -102,6 +102,15 @@ def test_every_form_of_a_mask_says_where_to_draw(tmp_path: Path) -> None:
         np.testing.assert_array_equal(given.masks, MASK[None])
 
 
+def test_unreadable_metadata_cost_neither_a_picture_nor_a_mask(tmp_path: Path) -> None:
+    for name, pixels in (("picture", PICTURE), ("mask", MASK)):
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png", exif=b"Exif\0\0no metadata at all")
+    given = read(tmp_path / "picture.png", tmp_path / "mask.png")
+    assert given.masks is not None
+    np.testing.assert_array_equal(given.pictures[0], PICTURE)
+    np.testing.assert_array_equal(given.masks[0], MASK)
+
+
 def test_a_mask_is_cut_as_its_picture_is() -> None:
     """A mask that holds the picture's own pixels still does after both were cut and scaled."""
     wide = np.kron(np.random.default_rng(2).integers(0, 2, (32, 48)), np.ones((3, 3))) * 255
@@ -172,10 +181,17 @@ def test_what_is_no_picture_is_named(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"no")
     (tmp_path / "empty").mkdir()
     np.savez(tmp_path / "floats.npz", np.zeros((2, 3)))
+    np.savez(tmp_path / "empty.npz", np.zeros((0, 32, 32, 3), np.uint8))
+    np.savez_compressed(tmp_path / "damaged.npz", PICTURE[None])
+    content = bytearray((tmp_path / "damaged.npz").read_bytes())
+    content[200:300] = b"\xff" * 100
+    (tmp_path / "damaged.npz").write_bytes(content)
     for images, message in (
         (str(tmp_path / "no.png"), "--init_images .*no.png cannot be used .not an image"),
         (str(tmp_path / "empty"), "holds neither pictures nor .tar shards"),
         (str(tmp_path / "floats.npz"), "is no npz of pictures"),
+        (str(tmp_path / "empty.npz"), "holds no picture"),
+        (str(tmp_path / "damaged.npz"), "is no npz of pictures"),
         (np.zeros((32, 32, 7), np.uint8), "array 0 is .32, 32, 7.: give .height, width, 3"),
     ):
         with pytest.raises(UsageError, match=message) as error:

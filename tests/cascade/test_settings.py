@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from diff_dalle.cascade.settings import SampleSettings, as_flags
@@ -44,6 +45,11 @@ def test_values_are_spelled_as_flags() -> None:
     assert flags.steps == ["20", "ddim25"] and flags.guidance_scale == ["3"]
     assert flags.negative_prompts == ["a b"] and flags.size == "96"
     assert as_flags({"rerank": 3, "use_ddim": True}) == SampleConfig(rerank=3, use_ddim=True)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    flags = as_flags({"steps": np.int64(2), "guidance_scale": np.float32(2), "seeds": np.arange(2)})
+    assert (flags.steps, flags.guidance_scale, flags.seeds) == (["2"], ["2.0"], [0, 1])
 
 
 def test_what_is_no_setting_is_refused() -> None:

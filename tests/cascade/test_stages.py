@@ -34,6 +34,12 @@ def test_a_comma_list_and_a_list_are_the_same(folder: Path) -> None:
     assert Cascade.load(",".join(paths)).sizes == Cascade.load(paths).sizes == [16, 32]
 
 
+def test_a_folder_in_a_comma_list_is_ordered_by_size(folder: Path, tmp_path: Path) -> None:
+    for name, model in (("a.pt", "up32.pt"), ("b.pt", "base.pt")):
+        (tmp_path / name).write_bytes((folder / model).read_bytes())
+    assert Cascade.load(f"{tmp_path},{folder / 'up64.pt'}").sizes == [16, 32, 64]
+
+
 def test_paths_may_be_path_objects(folder: Path) -> None:
     assert Cascade.load(folder, folder / "clip.pt").sizes == [16, 32, 64]
     assert Cascade.load([folder / "base.pt"], [folder / "clip.pt"]).stages[0].guide is not None

@@ -300,6 +300,8 @@ def test_an_upsampler_alone_takes_shards(
         (["--model_path", "up32.pt", "--low_res", "two.npz", "--prompts", "a"], "2 pictures"),
         (["--model_path", "up32.pt", "--low_res", "two.npz"], "--prompts is missing"),
         (["--model_path", "base.pt", "--low_res", "two.npz", "--prompts", "a", "b"], "base model"),
+        (["--model_path", "base.pt", "--low_res", "a.tar"], "base model"),
+        (["--model_path", "up32.pt", "--low_res", "none.npz"], "none.npz holds no picture"),
         (["--model_path", "up32.pt", "--low_res", "clip.pt", "--prompts", "a"], "no npz"),
         (["--model_path", "up32.pt", "--low_res", "gone", "--prompts", "a"], "--low_res .*gone"),
         (["--model_path", "base.pt", "--data_dir", "gone"], "--data_dir .*gone"),
@@ -314,8 +316,10 @@ def test_mistakes_are_refused_before_anything_is_written(
     folder: Path, tmp_path: Path, sample: Sample, argv: list[str], message: str
 ) -> None:
     np.savez(tmp_path / "two.npz", np.zeros((2, 16, 16, 3), np.uint8))
+    np.savez(tmp_path / "none.npz", np.zeros((0, 16, 16, 3), np.uint8))
+    write_shard(tmp_path / "a.tar", [("0", png(noise(32)), "a star")])
     places = {name: str(folder / name) for name in ("base.pt", "up32.pt", "clip.pt")}
-    places |= {name: str(tmp_path / name) for name in ("two.npz", "gone")}
+    places |= {name: str(tmp_path / name) for name in ("two.npz", "none.npz", "a.tar", "gone")}
     out = tmp_path / "out"
     with pytest.raises(UsageError, match=message) as error:
         sample([*(places.get(word, word) for word in argv), "--log_dir", str(out), *FEW])

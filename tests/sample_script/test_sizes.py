@@ -73,6 +73,7 @@ def test_every_file_has_the_shape_and_an_interrupted_run_goes_on(
     assert told == [[24, 8, 0], [48, 16, 24]]
     assert manifest["stages"][1]["image_size"] == 32  # what it was trained at
     assert manifest["images"][0]["consistency"][1]["psnr_db"] > 0
+    assert "stage 2 is drawn in tiles of 24 px" in " ".join(manifest["notes"])
 
 
 def test_stage_by_stage_through_files_equals_one_run(
