@@ -236,13 +236,13 @@ class Cascade:
             negative_prompts=negative_prompts,
             on_step=on_step,
         )
-        start = None
-        if low_res is not None:
-            assert plan.small is not None  # a plan with small pictures has their size
-            low_res = shrunk_to(low_res, plan.small, self.devices[0])
-            start = torch.from_numpy(low_res).permute(0, 3, 1, 2)  # [B,3,h,w]
         # A CLIP's gradient needs autograd, also where the caller has switched it off for good.
         with torch.inference_mode(False), self._residence:
+            start = None
+            if low_res is not None:
+                assert plan.small is not None  # a plan with small pictures has their size
+                low_res = shrunk_to(low_res, plan.small, self.devices[0])
+                start = torch.from_numpy(low_res).permute(0, 3, 1, 2)  # [B,3,h,w]
             pictures, candidates = drawing.draw(start)
         return CascadeResult(
             stages=[to_pictures(picture) for picture in pictures],
