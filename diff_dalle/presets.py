@@ -36,7 +36,18 @@ _TINY: Flags = {
     "batch_size": 16,
     "ema_rate": "0.999",
 }
-_UPSAMPLER: Flags = {"gaussian_blur": True, "noise_schedule": "linear"}
+# What is predicted: docs/decisions.md, by `benchmarks/objectives.py`. `adm-*` are as published.
+_UPSAMPLER: Flags = {
+    "gaussian_blur": True,
+    "noise_schedule": "linear",
+    "prediction": "x0",
+    "low_res_residual": True,
+}
+_BASE: Flags = {
+    "noise_schedule": "flow",
+    "prediction": "flow",
+    "schedule_sampler": "logit-normal",
+}
 _EFFICIENT: Flags = {"unet_layout": "efficient", "resblock_updown": False}
 
 PRESETS: dict[str, tuple[str, Flags]] = {
@@ -71,8 +82,6 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "channel_mult": "1,2,3",
             "attention_resolutions": "",
             "middle_attention": False,
-            "prediction": "x0",
-            "low_res_residual": True,
         },
     ),
     "tiny-1024": (
@@ -88,8 +97,6 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "channel_mult": "1,2,3",
             "attention_resolutions": "",
             "middle_attention": False,
-            "prediction": "x0",
-            "low_res_residual": True,
             "batch_size": 8,
         },
     ),
@@ -121,7 +128,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "num_res_blocks": 2,
             "enc_attn_dim": 512,
             "dropout": 0.1,
-            "noise_schedule": "cosine",
+            **_BASE,
             "lr": 3e-4,
             "batch_size": 512,
             "microbatch": 64,
@@ -224,7 +231,7 @@ PRESETS: dict[str, tuple[str, Flags]] = {
             "num_res_blocks": 3,
             "enc_attn_dim": 1024,
             "enc_depth": 12,
-            "noise_schedule": "cosine",
+            **_BASE,
             "lr": 1e-4,
             "batch_size": 64,
             "microbatch": 16,
