@@ -37,11 +37,6 @@ Evaluate = Callable[[list[str]], None]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return TINY["write_cascade"](tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture(scope="module")
 def evaluate() -> Evaluate:
     return runpy.run_path(str(ROOT / "scripts" / "evaluate_nll.py"))["evaluate"]
 

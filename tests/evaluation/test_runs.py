@@ -30,12 +30,6 @@ FAST: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    return TINY["write_cascade"](folder)
-
-
 def paths(folder: Path, *names: str) -> list[str]:
     return [str(folder / name) for name in names]
 
