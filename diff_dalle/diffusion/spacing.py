@@ -33,8 +33,8 @@ UNIFORM = "uniform"
 # nothing.
 LEAST_HALF_LOG_SNR = -5.1
 # As far on the other side, where noise is below one level of an 8-bit picture. The cosine schedule
-# begins just before, at 5.05. The flow schedule of 1000 steps begins at 6.9; what goes beyond is
-# walked from where the linear schedule begins, as a grid has steps to lose there, not to spend.
+# begins just before, at 5.05. The flow schedule of 1000 steps begins at 6.9: such ones are walked
+# from where the linear schedule begins, or a grid would spend steps on noise that nobody sees.
 MOST_HALF_LOG_SNR, LINEAR_BEGIN = 5.1, 4.6
 RHO = 7  # Karras et al. 2022, section 3
 
